@@ -1,0 +1,97 @@
+"""Filters that lead to gleaner's own arithmetic: check, convert, call a pure function."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+# Ansible loads this file by its path and knows nothing of src/.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
+
+from gleaner import plan, site, slurmconf
+
+_NODE_VARIABLES = ("cluster_address", "rpc_address", "cpus", "memory_mib", "gpus")
+
+
+def _plain(value: Any) -> Any:
+    """Lazy and tagged values of a template as builtins; what JSON lacks stays, to be called a problem."""
+    if isinstance(value, Mapping):
+        return {_plain(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    for kind in (bool, int, float, str):
+        if isinstance(value, kind):
+            return kind(value)
+    return value
+
+
+def site_nodes(names: Iterable[str], hostvars: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The declared nodes of a site; a variable that a host lacks is left out, for site_problems to name."""
+    return {
+        str(name): {key: _plain(hostvars[name][key]) for key in _NODE_VARIABLES if key in hostvars[name]}
+        for name in names
+    }
+
+
+def site_problems(value: Mapping[str, Any]) -> list[dict[str, str]]:
+    whole = _plain(value)
+    found = plan.problems(whole, site.read_headers(whole))
+    return [
+        {
+            "variable": problem.variable,
+            "got": problem.got,
+            "wanted": problem.wanted,
+            "cure": problem.cure,
+            "text": str(problem),
+        }
+        for problem in found
+    ]
+
+
+def tier_plan(value: Mapping[str, Any], tier: str) -> dict[str, Any]:
+    whole = _plain(value)
+    return plan.plan_tier(whole, str(tier), site.read_headers(whole))
+
+
+def site_plans(value: Mapping[str, Any]) -> list[dict[str, Any]]:
+    whole = _plain(value)
+    headers = site.read_headers(whole)
+    return [plan.plan_tier(whole, tier["name"], headers) for tier in whole["tiers"]]
+
+
+def plan_table(value: Iterable[Mapping[str, Any]]) -> str:
+    return plan.table(_plain(list(value)))
+
+
+def node_models(value: Mapping[str, Any], node: str) -> list[dict[str, Any]]:
+    whole = _plain(value)
+    return site.node_models(whole, site.read_headers(whole), str(node))
+
+
+def slurm_version_of(value: str) -> str:
+    return slurmconf.version_of(str(value))
+
+
+def slurm_preemption_settings(version: str) -> dict[str, str]:
+    return slurmconf.preemption_settings(str(version))
+
+
+def slurm_policy_gap(show_config: str, version: str) -> list[str]:
+    return slurmconf.policy_gap(str(show_config), str(version))
+
+
+class FilterModule:
+    def filters(self) -> dict[str, Any]:
+        return {
+            "node_models": node_models,
+            "plan_table": plan_table,
+            "site_nodes": site_nodes,
+            "site_plans": site_plans,
+            "site_problems": site_problems,
+            "slurm_policy_gap": slurm_policy_gap,
+            "slurm_preemption_settings": slurm_preemption_settings,
+            "slurm_version_of": slurm_version_of,
+            "tier_plan": tier_plan,
+        }

@@ -1,0 +1,302 @@
+"""Ansible module: start a long command as a transient systemd unit; its action plugin follows it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pwd
+import re
+import subprocess
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ansible.module_utils.basic import AnsibleModule
+
+DOCUMENTATION = r"""
+---
+module: long_command
+short_description: Run a long command on a host and show how far it is
+description:
+  - Runs a command as a transient systemd unit and follows it, printing its progress while it runs.
+  - The command outlives a lost connection and an interrupted play. The next run attaches to it instead of
+    starting another, and refuses when a unit of that name runs a different command.
+  - The output goes to C(/var/log/gleaner/<name>.log) on the host, readable by root, one run at a time.
+author: Gleaner
+options:
+  name:
+    description: Name of the unit, without C(.service).
+    type: str
+    required: true
+  title:
+    description: What is being done, for the person who waits. Default is O(name).
+    type: str
+  argv:
+    description: The program and its arguments. No shell reads them.
+    type: list
+    elements: str
+    required: true
+  user:
+    description: The user as whom the command runs. The task itself needs root.
+    type: str
+    default: root
+  chdir:
+    description: The folder in which the command runs.
+    type: path
+  environment:
+    description: >-
+      Variables of the command's environment. Never part of a command line or of the unit.
+      The keyword C(environment) of the task does not reach the command.
+    type: dict
+    default: {}
+  secret_environment:
+    description: The same for values that may not be shown or logged. Two runs may differ in them alone.
+    type: dict
+    default: {}
+  nice:
+    description: Niceness of the command, so that the services of the host come first.
+    type: int
+    default: 0
+  creates:
+    description: A path that exists when there is nothing to do.
+    type: path
+  unless:
+    description:
+      - A command that only reads, run before, also in check mode. Exit 0 means that there is nothing to do.
+      - It has the same user, folder and environment. When it cannot run at all, the work is to be done.
+    type: list
+    elements: str
+  progress_regex:
+    description:
+      - Searched in the last lines of the log; the last match counts. Named groups are C(done) and C(total),
+        or C(percent). Without it the last line itself is shown.
+    type: str
+  timeout_seconds:
+    description: Time after which systemd ends the command and the task fails.
+    type: int
+    default: 3600
+  poll_seconds:
+    description: Time between two looks at the command.
+    type: float
+    default: 3
+attributes:
+  check_mode:
+    description: Says from O(creates) and O(unless) whether the command would run.
+    support: full
+  diff_mode:
+    description: Shows the command.
+    support: full
+"""
+
+EXAMPLES = r"""
+- name: Build | Compile llama.cpp
+  long_command:
+    name: gleaner-build-llama-cpp
+    title: build llama.cpp
+    argv: [ninja, -C, /var/cache/gleaner/build, llama-server, ggml-rpc-server]
+    creates: /cluster/shared/ai/llama.cpp/0.5.0-cpu/manifest.json
+    nice: 10
+    progress_regex: '\[(?P<done>\d+)/(?P<total>\d+)\]'
+"""
+
+RETURN = r"""
+log:
+  description: Path of the command's output on the host.
+  returned: when the command ran
+  type: str
+  sample: /var/log/gleaner/gleaner-build-llama-cpp.log
+seconds:
+  description: Run time of the command.
+  returned: when the command ran
+  type: int
+exit_code:
+  description: Exit code of the command, or the number of the signal that ended it.
+  returned: when the command ran
+  type: int
+"""
+
+LOG_DIRECTORY = Path("/var/log/gleaner")
+# Holds the environment of a command until systemd has read it: memory, for root only.
+RUN_DIRECTORY = Path("/run/gleaner-jobs")
+CONDITION_SECONDS = 300
+UNIT_NAME = re.compile(r"[A-Za-z0-9:_.-]+")
+MARK = re.compile(r"\[gleaner (?P<fingerprint>[0-9a-f]{16})\]$")
+
+
+class LongCommandError(Exception):
+    """The command cannot be started; the text says why."""
+
+
+def fingerprint(argv: Sequence[str], user: str, chdir: str | None, environment: Mapping[str, str]) -> str:
+    """Return what two runs have in common exactly when they run the same command."""
+    text = json.dumps([list(argv), user, chdir, dict(environment)], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def environment_line(name: str, value: str) -> str:
+    """Return ``NAME="value"`` as systemd.exec(5) reads it from an EnvironmentFile."""
+    for plain in ("\\", '"', "$", "`"):
+        value = value.replace(plain, f"\\{plain}")
+    return f'{name}="{value}"\n'
+
+
+def start_command(params: Mapping[str, Any], mark: str, environment_file: Path, log: Path) -> list[str]:
+    """Return the systemd-run command that starts the unit, and returns once the program was executed."""
+    properties = {
+        "Type": "exec",
+        # Keeps the result until somebody has read it: a unit that is gone cannot say how it ended.
+        "RemainAfterExit": "yes",
+        "User": params["user"],
+        "EnvironmentFile": environment_file,
+        "StandardOutput": f"truncate:{log}",
+        "StandardError": "inherit",
+        "RuntimeMaxSec": params["timeout_seconds"],
+        "Nice": params["nice"],
+    }
+    if params["chdir"]:
+        properties["WorkingDirectory"] = params["chdir"]
+    title = params["title"] or params["name"]
+    return [
+        "systemd-run",
+        "--quiet",
+        f"--unit={params['name']}",
+        f"--description={title} [gleaner {mark}]",
+        *(f"--property={name}={value}" for name, value in properties.items()),
+        "--",
+        # systemd would expand variables in the words of a command.
+        *(word.replace("$", "$$") for word in params["argv"]),
+    ]
+
+
+def unit_properties(name: str) -> dict[str, str]:
+    shown = subprocess.run(
+        ["systemctl", "show", f"{name}.service", "--property=LoadState,ActiveState,SubState,Description"],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    return dict(line.split("=", 1) for line in shown.splitlines() if "=" in line)
+
+
+def is_running(unit: Mapping[str, str], mark: str) -> bool:
+    """Return whether the unit runs this very command; a unit that only keeps a result does not run.
+
+    Raises LongCommandError when the name belongs to something else.
+    """
+    if unit["LoadState"] == "not-found":
+        return False
+    found = MARK.search(unit["Description"])
+    if found is None:
+        raise LongCommandError(
+            f"this is the name of a unit that is no long_command ({unit['Description']!r}). Choose another."
+        )
+    running = unit["ActiveState"] in ("active", "activating", "deactivating") and unit["SubState"] != "exited"
+    if running and found["fingerprint"] != mark:
+        raise LongCommandError(
+            "a different command of that name still runs on this host. Wait for it, or end it there "
+            "(systemctl stop), and run this again."
+        )
+    return running
+
+
+def nothing_to_do(params: Mapping[str, Any], environment: Mapping[str, str]) -> bool:
+    if params["creates"] and os.path.exists(params["creates"]):
+        return True
+    if not params["unless"]:
+        return False
+    try:
+        account = pwd.getpwnam(params["user"])
+        switch: dict[str, Any] = {}
+        if account.pw_uid != os.geteuid():
+            groups = os.getgrouplist(account.pw_name, account.pw_gid)
+            switch = {"user": account.pw_uid, "group": account.pw_gid, "extra_groups": groups}
+        done = subprocess.run(
+            params["unless"],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            check=False,
+            cwd=params["chdir"],
+            env={**os.environ, "HOME": account.pw_dir, **environment},
+            timeout=CONDITION_SECONDS,
+            **switch,
+        )
+    except (OSError, KeyError, subprocess.SubprocessError):
+        # On a virgin host the program, its folder or its user is still to come.
+        return False
+    return done.returncode == 0
+
+
+def forget(name: str) -> None:
+    """Take a unit away whose command has ended and whose result nobody fetched."""
+    for verb in ("stop", "reset-failed"):
+        subprocess.run(["systemctl", verb, f"{name}.service"], capture_output=True, check=False)
+
+
+def start(params: Mapping[str, Any], mark: str, environment: Mapping[str, str], log: Path) -> None:
+    """Start the unit.
+
+    Raises LongCommandError with systemd's words.
+    """
+    name = params["name"]
+    LOG_DIRECTORY.mkdir(mode=0o755, parents=True, exist_ok=True)
+    log.touch(mode=0o640)
+    RUN_DIRECTORY.mkdir(mode=0o700, exist_ok=True)
+    handle, path = tempfile.mkstemp(prefix=f"{name}.", dir=RUN_DIRECTORY)
+    try:
+        with open(handle, "w", encoding="utf-8") as file:
+            file.writelines(environment_line(key, value) for key, value in environment.items())
+        done = subprocess.run(
+            start_command(params, mark, Path(path), log), capture_output=True, text=True, check=False
+        )
+    finally:
+        os.unlink(path)
+    # A unit that could not become its user or enter its folder is there, and its result says so.
+    if done.returncode != 0 and unit_properties(name)["LoadState"] == "not-found":
+        raise LongCommandError(f"systemd did not start it: {done.stderr.strip()}")
+
+
+def main() -> None:
+    module = AnsibleModule(
+        argument_spec={
+            "name": {"type": "str", "required": True},
+            "title": {"type": "str"},
+            "argv": {"type": "list", "elements": "str", "required": True},
+            "user": {"type": "str", "default": "root"},
+            "chdir": {"type": "path"},
+            "environment": {"type": "dict", "default": {}},
+            "secret_environment": {"type": "dict", "default": {}, "no_log": True},
+            "nice": {"type": "int", "default": 0},
+            "creates": {"type": "path"},
+            "unless": {"type": "list", "elements": "str"},
+            "progress_regex": {"type": "str"},
+            "timeout_seconds": {"type": "int", "default": 3600},
+            "poll_seconds": {"type": "float", "default": 3},
+        },
+        supports_check_mode=True,
+    )
+    params = module.params
+    plain = {name: str(value) for name, value in params["environment"].items()}
+    environment = {**plain, **{name: str(value) for name, value in params["secret_environment"].items()}}
+    log = LOG_DIRECTORY / f"{params['name']}.log"
+    try:
+        if not UNIT_NAME.fullmatch(params["name"]):
+            raise LongCommandError("the name of a unit has only letters, digits and :_.- in it.")
+        mark = fingerprint(params["argv"], params["user"], params["chdir"], plain)
+        unit = unit_properties(params["name"])
+        running = is_running(unit, mark)
+        if not running:
+            if unit["LoadState"] != "not-found" and not module.check_mode:
+                forget(params["name"])
+            if nothing_to_do(params, environment):
+                module.exit_json(changed=False, follow=False)
+            if not module.check_mode:
+                start(params, mark, environment, log)
+    except LongCommandError as error:
+        module.fail_json(msg=f"{params['title'] or params['name']}: unit {params['name']!r}: {error}")
+    module.exit_json(changed=True, follow=not module.check_mode, attached=running, log=str(log))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,480 @@
+"""The program in the one job step that each node of a tier runs (`gleaner agent`).
+
+It starts what its supervisor tells it, watches it, and kills it when the supervisor is gone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import ctypes
+import json
+import os
+import re
+import resource
+import selectors
+import shutil
+import signal
+import socket
+import subprocess
+import time
+import urllib.parse
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from gleaner import heartbeat
+from gleaner.journal import say
+from gleaner.probe import Probe
+
+TICK_SECONDS = 0.1
+LOG_LIMIT = 32 << 20
+ROTATE_SECONDS = 30.0
+HEALTH_SECONDS = {"ready": 1.0, "loading": 0.3, "down": 0.3}
+HEALTH_TIMEOUT = 3.0
+BUSY_TIMEOUT = 1.0
+BUSY_SECONDS = 0.05
+
+PR_SET_PDEATHSIG = 1
+PR_SET_CHILD_SUBREAPER = 36
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+@dataclass
+class Task:
+    """What the supervisor wants started; argv is whole but for the NUMA binding."""
+
+    start: int
+    argv: list[str]
+    environment: dict[str, str]
+    numa_node: int | None
+    log: str
+    address: str
+    port: int
+    router: bool
+
+    @classmethod
+    def from_message(cls, value: dict[str, Any]) -> Task:
+        return cls(**{name: value[name] for name in cls.__dataclass_fields__})
+
+
+def cpulist(text: str) -> set[int]:
+    """`0-3,8` of sysfs as a set."""
+    cpus: set[int] = set()
+    for part in text.strip().split(","):
+        if part:
+            first, _, last = part.partition("-")
+            cpus.update(range(int(first), int(last or first) + 1))
+    return cpus
+
+
+def binding(
+    numa_node: int | None, allowed: set[int], sysfs: Path = Path("/sys/devices/system/node")
+) -> list[str]:
+    """The numactl prefix that binds memory to the node and keeps to the allowed cores of that node.
+
+    ValueError when the inventory names a node that the machine does not have.
+    """
+    if numa_node is None:
+        say("no NUMA binding: gpus[].numa_node is not set for this node")
+        return []
+    try:
+        cores = cpulist((sysfs / f"node{numa_node}" / "cpulist").read_text()) & allowed
+    except FileNotFoundError:
+        have = sorted(path.name[4:] for path in sysfs.glob("node[0-9]*"))
+        raise ValueError(
+            f"gpus[].numa_node: got {numa_node}, this machine has {', '.join(have) or 'none'}: "
+            "correct the inventory"
+        ) from None
+    if shutil.which("numactl") is None:
+        raise ValueError("numactl is not installed: run playbooks/tiers.yml")
+    if not cores:
+        say(
+            f"memory is bound to NUMA node {numa_node}, but Slurm gave no core of it "
+            f"(got {sorted(allowed)}): "
+            "give gres.conf the Cores= of the GPU"
+        )
+        return ["numactl", f"--membind={numa_node}", "--"]
+    chosen = ",".join(str(core) for core in sorted(cores))
+    return ["numactl", f"--membind={numa_node}", f"--physcpubind={chosen}", "--"]
+
+
+def raise_memlock() -> int:
+    """Raise the locked-memory limit to the hard limit; MiB, or -1 for unlimited."""
+    _, hard = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    resource.setrlimit(resource.RLIMIT_MEMLOCK, (hard, hard))
+    return -1 if hard == resource.RLIM_INFINITY else hard >> 20
+
+
+def process_state(pid: int) -> str:
+    """alive, stopped, zombie, or gone, from /proc."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return "gone"
+    letter = stat.rpartition(")")[2].split()[0]
+    if letter in "Tt":
+        return "stopped"
+    return "zombie" if letter in "ZXx" else "alive"
+
+
+def group_memory(group: int) -> tuple[int, int]:
+    """Resident and locked MiB of a process group; a router's models live in its children."""
+    resident = locked = 0
+    for entry in os.scandir("/proc"):
+        if not entry.name.isdigit():
+            continue
+        try:
+            if os.getpgid(int(entry.name)) != group:
+                continue
+            status = Path(entry.path, "status").read_text()
+        except OSError:
+            continue
+        sizes = dict(re.findall(r"^(VmRSS|VmLck):\s+(\d+) kB", status, re.MULTILINE))
+        resident += int(sizes.get("VmRSS", 0))
+        locked += int(sizes.get("VmLck", 0))
+    return resident >> 10, locked >> 10
+
+
+def _die_with_parent(parent: int) -> None:
+    """In the child, before exec: be killed when the agent dies, even by SIGKILL."""
+    _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:
+        os._exit(127)
+
+
+@dataclass
+class Process:
+    """The one program of this agent, with everything that it starts (its process group)."""
+
+    pid: int
+    start: int
+    exit: int | None = None
+    kill_at: float | None = None
+    asked_to_stop: bool = False
+
+    @classmethod
+    def launch(cls, task: Task) -> Process:
+        argv = [*binding(task.numa_node, os.sched_getaffinity(0)), *task.argv]
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("GLEANER_")}
+        environment.update(task.environment)
+        # gdb is not wanted on a node at 3 a.m.; llama.cpp starts it on abort otherwise.
+        environment["GGML_NO_BACKTRACE"] = "1"
+        parent = os.getpid()
+        log = os.open(task.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+        try:
+            child = subprocess.Popen(
+                argv,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env=environment,
+                start_new_session=True,
+                preexec_fn=lambda: _die_with_parent(parent),
+            )
+        finally:
+            os.close(log)
+        # Reaped by `reap` with everybody else's children, not by Popen.
+        child.returncode = 0
+        say(f"started pid {child.pid}: {' '.join(argv)}")
+        return cls(pid=child.pid, start=task.start)
+
+    def signal_main(self, number: int) -> None:
+        if self.exit is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, number)
+
+    def kill_group(self) -> bool:
+        """KILL everything that is left of the group; false when nothing is."""
+        try:
+            os.killpg(self.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            return False
+        return True
+
+    def stop(self, kill_after: float) -> None:
+        """TERM, and KILL `kill_after` seconds later."""
+        self.asked_to_stop = True
+        deadline = time.monotonic() + kill_after
+        if self.kill_at is None:
+            # Only the main process: a router's children end their streams at once on TERM.
+            self.signal_main(signal.SIGTERM)
+            self.kill_at = deadline
+        self.kill_at = min(self.kill_at, deadline)
+
+
+@dataclass
+class BusyCheck:
+    """Asks the server whether any request is in flight, without loading or evicting a model.
+
+    A router's `/v1/models` tells which models are loaded, and `/slots` of each tells whether it
+    works. A model that loads has a request waiting for it. No answer in time counts as busy: a server
+    answers `/slots` only between two batches.
+    """
+
+    selector: selectors.BaseSelector
+    task: Task
+    probe: Probe | None = None
+    waiting: list[str] = field(default_factory=list)
+    listing: bool = False
+    answer: bool | None = None
+
+    def begin(self) -> None:
+        self.answer = None
+        self.listing = self.task.router
+        self._get("/v1/models" if self.listing else "/slots")
+
+    def _get(self, path: str) -> None:
+        self.probe = Probe(self.selector, self.task.address, self.task.port, path, BUSY_TIMEOUT)
+
+    def advance(self) -> bool | None:
+        """Busy, idle, or None while it is not known yet."""
+        if self.probe is None or not self.probe.advance():
+            return self.answer
+        probe, self.probe = self.probe, None
+        if probe.failure == "refused":
+            self.answer = False
+            return self.answer
+        try:
+            value = json.loads(probe.body) if probe.status == 200 else None
+            busy = self._read(value)
+        except (ValueError, KeyError, TypeError):
+            busy = True
+        if busy:
+            self.waiting.clear()
+            self.answer = True
+        elif self.waiting:
+            model = urllib.parse.quote(self.waiting.pop(), safe="")
+            self._get(f"/slots?model={model}&autoload=false")
+        else:
+            self.answer = False
+        return self.answer
+
+    def _read(self, value: Any) -> bool:
+        if not self.listing:
+            return any(slot["is_processing"] for slot in value)
+        self.listing = False
+        states = {entry["id"]: entry["status"]["value"] for entry in value["data"]}
+        self.waiting = [name for name, state in states.items() if state in ("loaded", "sleeping")]
+        return "loading" in states.values()
+
+    def close(self) -> None:
+        if self.probe is not None:
+            self.probe.close()
+            self.probe = None
+
+
+class Agent:
+    """One selector loop over the supervisor's connection, signals, probes and a tick."""
+
+    def __init__(self, supervisor: tuple[str, int], token: str, node: str) -> None:
+        self.selector = selectors.DefaultSelector()
+        self.signals = heartbeat.Signals(signal.SIGTERM, signal.SIGINT, signal.SIGCHLD)
+        self.selector.register(self.signals.socket, selectors.EVENT_READ)
+        self.memlock_mib = raise_memlock()
+        self.channel = heartbeat.Channel(socket.create_connection(supervisor, heartbeat.SILENCE_SECONDS))
+        self.selector.register(self.channel.socket, selectors.EVENT_READ)
+        self.channel.send(heartbeat.greeting(token, node))
+        self.task: Task | None = None
+        self.process: Process | None = None
+        self.health = "down"
+        self.health_probe: Probe | None = None
+        self.health_at = 0.0
+        self.busy_check: BusyCheck | None = None
+        self.busy: bool | None = None
+        self.idle_answers = 0
+        self.busy_at = 0.0
+        self.rotate_at = 0.0
+        self.beat_at = 0.0
+        self.measured_at = 0.0
+        self.memory = (0, 0)
+        self.sent: dict[str, Any] = {}
+        self.leaving = False
+
+    def run(self) -> int:
+        """Work until the supervisor says quit (0) or is gone (1); nothing is left behind either way."""
+        try:
+            while not (self.leaving and self.process is None):
+                for key, _ in self.selector.select(TICK_SECONDS):
+                    if key.fileobj is self.signals.socket:
+                        self._signalled(self.signals.receive())
+                self._listen()
+                self._reap()
+                self._watch()
+                self._beat()
+        except heartbeat.ChannelClosed as error:
+            say(f"supervisor is gone ({error}): killing what it started")
+            self._kill_all()
+            return 1
+        return 0
+
+    def _signalled(self, numbers: set[int]) -> None:
+        for number in sorted(numbers & {signal.SIGTERM, signal.SIGINT}):
+            # Slurm signals steps too. Why is the supervisor's question to ask, and its decision.
+            self.channel.send({"signal": number})
+
+    def _listen(self) -> None:
+        try:
+            messages = self.channel.receive()
+        except ValueError as error:
+            raise heartbeat.ChannelClosed(str(error)) from None
+        for message in messages:
+            if "start" in message:
+                self._start(Task.from_message(message["start"]))
+            elif "watch_busy" in message:
+                self._watch_busy()
+            elif "stop" in message:
+                self._stop(float(message["stop"]))
+            elif "quit" in message:
+                self.leaving = True
+                self._stop(float(message["quit"]))
+        if self.channel.silent_seconds > heartbeat.SILENCE_SECONDS:
+            raise heartbeat.ChannelClosed(f"silent for {heartbeat.SILENCE_SECONDS:g} s")
+
+    def _start(self, task: Task) -> None:
+        self._kill_all()
+        self.task, self.health, self.busy = task, "down", None
+        self.health_at, self.idle_answers = 0.0, 0
+        try:
+            self.process = Process.launch(task)
+        except (OSError, ValueError) as error:
+            say(f"cannot start {task.argv[0]}: {error}")
+            self.channel.send({"refused": task.start, "why": str(error)})
+
+    def _stop(self, kill_after: float) -> None:
+        self._end_checks()
+        if self.process is not None:
+            self.process.stop(kill_after)
+
+    def _end_checks(self) -> None:
+        if self.health_probe is not None:
+            self.health_probe.close()
+            self.health_probe = None
+        if self.busy_check is not None:
+            self.busy_check.close()
+            self.busy_check = None
+        self.health = "down"
+
+    def _watch_busy(self) -> None:
+        if self.process is not None and self.task is not None and self.busy_check is None:
+            self.busy_check = BusyCheck(self.selector, self.task)
+            self.busy_check.begin()
+
+    def _reap(self) -> None:
+        while True:
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                break
+            if pid == 0:
+                break
+            if self.process is not None and pid == self.process.pid:
+                self.process.exit = os.waitstatus_to_exitcode(status)
+                self._end_checks()
+        process = self.process
+        if process is None:
+            return
+        if process.kill_at is not None and time.monotonic() >= process.kill_at:
+            process.kill_group()
+        # The main process is gone: what it left has nobody to serve. Told only when all are gone.
+        if process.exit is not None and not process.kill_group():
+            say(f"pid {process.pid} ended with {process.exit}")
+            self.process = None
+            self.channel.send({"exited": process.start, "code": process.exit})
+
+    def _watch(self) -> None:
+        now = time.monotonic()
+        process, task = self.process, self.task
+        if process is None or task is None or process.asked_to_stop:
+            return
+        if self.health_probe is None and now >= self.health_at:
+            self.health_probe = Probe(self.selector, task.address, task.port, "/health", HEALTH_TIMEOUT)
+        if self.health_probe is not None and self.health_probe.advance():
+            status = self.health_probe.status
+            self.health = {200: "ready", 503: "loading"}.get(status or 0, "down")
+            self.health_probe = None
+            self.health_at = now + HEALTH_SECONDS[self.health]
+        if self.busy_check is not None:
+            answer = self.busy_check.advance()
+            if answer is not None and now >= self.busy_at:
+                # A slot is free a moment before its last bytes are with the client: idle is believed twice.
+                self.idle_answers = 0 if answer else self.idle_answers + 1
+                if answer or self.idle_answers >= 2:
+                    self.busy = answer
+                self.busy_at = now + BUSY_SECONDS
+                self.busy_check.begin()
+        if now - self.measured_at >= heartbeat.BEAT_SECONDS:
+            self.measured_at = now
+            self.memory = group_memory(process.pid)
+            if now >= self.rotate_at and rotate(Path(task.log)):
+                self.rotate_at = now + ROTATE_SECONDS
+
+    def _beat(self) -> None:
+        process = self.process
+        beat = {
+            "start": process.start if process else None,
+            "state": process_state(process.pid) if process else "idle",
+            "health": self.health,
+            "busy": self.busy,
+        }
+        now = time.monotonic()
+        # A change is told at once, sameness once a second. A busy check is told each time.
+        if beat != self.sent or now >= self.beat_at:
+            self.sent = beat
+            self.beat_at = now + heartbeat.BEAT_SECONDS
+            resident, locked = self.memory if process else (0, 0)
+            extra = {"resident_mib": resident, "locked_mib": locked, "memlock_limit_mib": self.memlock_mib}
+            self.channel.send({"beat": beat, **extra})
+        else:
+            self.channel.flush()
+
+    def _kill_all(self) -> None:
+        process, self.process = self.process, None
+        self._end_checks()
+        if process is None:
+            return
+        deadline = time.monotonic() + heartbeat.SILENCE_SECONDS
+        while process.kill_group() and time.monotonic() < deadline:
+            with contextlib.suppress(ChildProcessError):
+                while os.waitpid(-1, os.WNOHANG)[0]:
+                    pass
+            time.sleep(0.01)
+
+
+def rotate(log: Path, limit: int = LOG_LIMIT) -> bool:
+    """Keep one old log beside the current one.
+
+    The server appends, so copying and truncating is sound; a child does it, since the log may be on a
+    slow shared file system and heartbeats must go on.
+    """
+    try:
+        if log.stat().st_size <= limit:
+            return False
+    except OSError:
+        return False
+    child = subprocess.Popen(
+        ["/bin/sh", "-c", 'cp -- "$1" "$1.1" && : > "$1"', "rotate", str(log)], stdin=subprocess.DEVNULL
+    )
+    child.returncode = 0
+    return True
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = "Started by the supervisor, with GLEANER_SUPERVISOR and GLEANER_TOKEN in the environment."
+
+
+def run(_args: argparse.Namespace) -> int:
+    try:
+        address, _, port = os.environ["GLEANER_SUPERVISOR"].rpartition(":")
+        token = os.environ["GLEANER_TOKEN"]
+    except KeyError as error:
+        say(f"{error.args[0]} is not set: `gleaner agent` is started by `gleaner supervise`, not by hand")
+        return 2
+    # Orphans of the server come to us, so that none outlives the step unseen.
+    _libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    try:
+        agent = Agent((address, int(port)), token, heartbeat.node_name())
+    except OSError as error:
+        say(f"supervisor at {address}:{port} cannot be reached: {error}")
+        return 1
+    return agent.run()

@@ -1,0 +1,40 @@
+"""The `gleaner` command. Modules are imported when they are used: agents start on many nodes at once."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+
+COMMANDS = {
+    "gguf": ("gleaner.gguf", "read the header of a model file"),
+    "models": ("gleaner.stage", "check, stage and reload model files"),
+    "supervise": ("gleaner.supervisor", "batch step of a tier's job"),
+    "agent": ("gleaner.agent", "job step on each node of a tier"),
+    "keep": ("gleaner.keeper", "daemon that keeps a job queued for every tier"),
+    "route": ("gleaner.upstream", "daemon that turns endpoint records into routing"),
+    "status": ("gleaner.status", "what each tier is doing"),
+    "states": ("gleaner.states", "print the tables of docs/states.md"),
+}
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="gleaner", description="Language models on a Slurm cluster's idle GPUs."
+    )
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    chosen = next((word for word in argv if not word.startswith("-")), None)
+    for name, (module_name, summary) in COMMANDS.items():
+        command = commands.add_parser(name, help=summary, description=summary)
+        if name == chosen:
+            module = importlib.import_module(module_name)
+            module.add_arguments(command)
+            command.set_defaults(run=module.run)
+    args = parser.parse_args(argv)
+    try:
+        return int(args.run(args))
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        sys.stderr.close()
+        return 141

@@ -1,0 +1,65 @@
+"""Small file helpers: whole-or-not writes, bounded JSON reads, our own command line."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import sys
+from pathlib import Path
+from typing import Any
+
+JSON_LIMIT = 1 << 20
+
+
+def write_atomic(path: Path, data: bytes, mode: int = 0o644) -> None:
+    """Replace `path` so that a reader sees the old bytes or the new ones, nothing between."""
+    temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")
+    with contextlib.suppress(FileNotFoundError):
+        temporary.unlink()
+    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, mode)
+    try:
+        with os.fdopen(fd, "wb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
+
+
+def read_bounded(path: Path, limit: int) -> bytes:
+    """The file's bytes; ValueError when it is no regular file or longer than `limit`."""
+    # O_NONBLOCK: a FIFO put in the file's place must not hang the reader.
+    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    with os.fdopen(fd, "rb") as stream:
+        data = stream.read(limit + 1)
+    if len(data) > limit:
+        raise ValueError(f"{path}: longer than {limit} bytes")
+    return data
+
+
+def load_config(path: Path) -> dict[str, Any]:
+    """A JSON object with `"v": 1`; ValueError names the file and what is wrong."""
+    try:
+        value = json.loads(read_bounded(path, JSON_LIMIT))
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise ValueError(f"{path}: not a JSON document: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: got a JSON {type(value).__name__}, want an object")
+    if value.get("v") != 1:
+        raise ValueError(f"{path}: v: got {value.get('v')!r}, want 1: written by another version of gleaner?")
+    return value
+
+
+def own_command() -> list[str]:
+    """The command line that starts this very program, from a zipapp or from a source tree."""
+    home = Path(__file__).resolve().parent.parent
+    if home.is_file():
+        return [sys.executable, str(home)]
+    return [sys.executable, "-m", "gleaner"]

@@ -1,0 +1,611 @@
+"""GGUF headers: the facts that planning needs, read from metadata and tensor table alone.
+
+A header is foreign data: each length is checked against the file's size and a bound before it is used, long
+values are skipped rather than kept, and everything that is wrong is one ``ValueError``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import ssl
+import stat
+import struct
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Callable, NamedTuple, Union
+
+FACTS_VERSION = 1
+
+MAX_HEADER_BYTES = 128 * 2**20
+MAX_KEYS = 8192
+MAX_KEY_BYTES = 65535
+MAX_TENSORS = 65536
+MAX_TENSOR_NAME_BYTES = 63
+MAX_KEPT_STRING_BYTES = 4096
+MAX_KEPT_ARRAY = 1024
+# The largest vocabularies have about 260,000 tokens and 520,000 merges.
+MAX_ARRAY_STRINGS = 2**21
+MAX_LAYERS = 1024
+WINDOW_BYTES = 2**20
+HTTP_TIMEOUT_SECONDS = 30
+
+
+class BlockType(NamedTuple):
+    """A ggml type: its name, elements per block, bytes per block (ggml/src/ggml-common.h)."""
+
+    name: str
+    elements: int
+    size: int
+
+
+GGML_TYPES: Mapping[int, BlockType] = {
+    0: BlockType("F32", 1, 4),
+    1: BlockType("F16", 1, 2),
+    2: BlockType("Q4_0", 32, 18),
+    3: BlockType("Q4_1", 32, 20),
+    6: BlockType("Q5_0", 32, 22),
+    7: BlockType("Q5_1", 32, 24),
+    8: BlockType("Q8_0", 32, 34),
+    9: BlockType("Q8_1", 32, 36),
+    10: BlockType("Q2_K", 256, 84),
+    11: BlockType("Q3_K", 256, 110),
+    12: BlockType("Q4_K", 256, 144),
+    13: BlockType("Q5_K", 256, 176),
+    14: BlockType("Q6_K", 256, 210),
+    15: BlockType("Q8_K", 256, 292),
+    16: BlockType("IQ2_XXS", 256, 66),
+    17: BlockType("IQ2_XS", 256, 74),
+    18: BlockType("IQ3_XXS", 256, 98),
+    19: BlockType("IQ1_S", 256, 50),
+    20: BlockType("IQ4_NL", 32, 18),
+    21: BlockType("IQ3_S", 256, 110),
+    22: BlockType("IQ2_S", 256, 82),
+    23: BlockType("IQ4_XS", 256, 136),
+    24: BlockType("I8", 1, 1),
+    25: BlockType("I16", 1, 2),
+    26: BlockType("I32", 1, 4),
+    27: BlockType("I64", 1, 8),
+    28: BlockType("F64", 1, 8),
+    29: BlockType("IQ1_M", 256, 56),
+    30: BlockType("BF16", 1, 2),
+    34: BlockType("TQ1_0", 256, 54),
+    35: BlockType("TQ2_0", 256, 66),
+    39: BlockType("MXFP4", 32, 17),
+    40: BlockType("NVFP4", 64, 36),
+    41: BlockType("Q1_0", 128, 18),
+    42: BlockType("Q2_0", 64, 18),
+}
+
+_STRING, _ARRAY = 8, 9
+# Metadata value types of fixed size: struct format of each.
+_SCALARS: Mapping[int, struct.Struct] = {
+    0: struct.Struct("<B"),
+    1: struct.Struct("<b"),
+    2: struct.Struct("<H"),
+    3: struct.Struct("<h"),
+    4: struct.Struct("<I"),
+    5: struct.Struct("<i"),
+    6: struct.Struct("<f"),
+    7: struct.Struct("<?"),
+    10: struct.Struct("<Q"),
+    11: struct.Struct("<q"),
+    12: struct.Struct("<d"),
+}
+_U32 = struct.Struct("<I")
+_U64 = struct.Struct("<Q")
+_LAYER = re.compile(r"blk\.(\d{1,9})\.")
+
+Value = Union[int, float, bool, str, "Kept"]
+
+
+class Kept(NamedTuple):
+    """What is kept of an array: its length, and its numbers when they are few."""
+
+    length: int
+    numbers: tuple[int | float | bool, ...] | None
+
+
+class Tensor(NamedTuple):
+    name: str
+    shape: tuple[int, ...]
+    type: BlockType
+    offset: int
+    size: int
+
+
+class Header(NamedTuple):
+    size_bytes: int
+    metadata: Mapping[str, Value]
+    tensors: tuple[Tensor, ...]
+    data_start: int
+
+
+class _Window:
+    """Reads forward through a source of known size, holding one window of it in memory."""
+
+    def __init__(self, size: int, fetch: Callable[[int, int], bytes]) -> None:
+        self.size = size
+        self._fetch = fetch
+        self._limit = min(size, MAX_HEADER_BYTES)
+        self._start = 0
+        self._bytes = b""
+        self._at = 0
+
+    @property
+    def position(self) -> int:
+        return self._start + self._at
+
+    def _need(self, count: int, what: str) -> None:
+        if self.position + count > self.size:
+            raise ValueError(
+                f"{what} at byte {self.position} takes {count} bytes of {self.size}: the file is truncated"
+            )
+        if self.position + count > self._limit:
+            raise ValueError(f"{what} ends beyond the first {MAX_HEADER_BYTES} bytes: no header is that long")
+
+    def take(self, count: int, what: str) -> bytes:
+        self._need(count, what)
+        if self._at + count > len(self._bytes):
+            self._start, self._at = self.position, 0
+            wanted = min(max(count, WINDOW_BYTES), self._limit - self._start)
+            self._bytes = self._fetch(self._start, wanted)
+            if len(self._bytes) != wanted:
+                raise ValueError(f"read {len(self._bytes)} of {wanted} bytes at byte {self._start}")
+        taken = self._bytes[self._at : self._at + count]
+        self._at += count
+        return taken
+
+    def skip(self, count: int, what: str) -> None:
+        self._need(count, what)
+        if self._at + count <= len(self._bytes):
+            self._at += count
+        else:
+            self._start, self._at, self._bytes = self.position + count, 0, b""
+
+    def u32(self, what: str) -> int:
+        return int(_U32.unpack(self.take(4, what))[0])
+
+    def u64(self, what: str) -> int:
+        return int(_U64.unpack(self.take(8, what))[0])
+
+
+def _text(window: _Window, limit: int, what: str) -> str:
+    length = window.u64(f"the length of {what}")
+    if length > limit:
+        raise ValueError(f"{what} is {length} bytes long; wanted at most {limit}")
+    try:
+        return window.take(length, what).decode()
+    except UnicodeDecodeError:
+        raise ValueError(f"{what} is not UTF-8") from None
+
+
+def _string(window: _Window, what: str) -> str:
+    """A string value; one that is too long to be a name (a chat template) is skipped and stands as ''."""
+    length = window.u64(f"the length of {what}")
+    if length > MAX_KEPT_STRING_BYTES:
+        window.skip(length, what)
+        return ""
+    return window.take(length, what).decode(errors="replace")
+
+
+def _array(window: _Window, what: str) -> Kept:
+    kind = window.u32(f"the element type of {what}")
+    length = window.u64(f"the length of {what}")
+    if kind == _STRING:
+        if length > MAX_ARRAY_STRINGS:
+            raise ValueError(f"{what} has {length} strings; wanted at most {MAX_ARRAY_STRINGS}")
+        for _ in range(length):
+            window.skip(window.u64(what), what)
+        return Kept(length, None)
+    scalar = _SCALARS.get(kind)
+    if scalar is None:
+        raise ValueError(f"{what} is an array of value type {kind}; wanted numbers or strings")
+    if length > MAX_KEPT_ARRAY:
+        window.skip(length * scalar.size, what)
+        return Kept(length, None)
+    numbers = scalar.iter_unpack(window.take(length * scalar.size, what)) if length else iter(())
+    return Kept(length, tuple(number for (number,) in numbers))
+
+
+def _value(window: _Window, key: str) -> Value:
+    what = f"the value of {key!r}"
+    kind = window.u32(f"the type of {key!r}")
+    if kind == _STRING:
+        return _string(window, what)
+    if kind == _ARRAY:
+        return _array(window, what)
+    scalar = _SCALARS.get(kind)
+    if scalar is None:
+        raise ValueError(f"{what} has value type {kind}, which GGUF does not know")
+    number: int | float | bool = scalar.unpack(window.take(scalar.size, what))[0]
+    return number
+
+
+def _tensor(window: _Window, index: int) -> Tensor:
+    name = _text(window, MAX_TENSOR_NAME_BYTES, f"the name of tensor {index}")
+    dimensions = window.u32(f"the dimension count of tensor {name!r}")
+    if dimensions > 4:
+        raise ValueError(f"tensor {name!r} has {dimensions} dimensions; wanted at most 4")
+    shape = tuple(window.u64(f"the shape of tensor {name!r}") for _ in range(dimensions))
+    kind = window.u32(f"the type of tensor {name!r}")
+    offset = window.u64(f"the offset of tensor {name!r}")
+    block = GGML_TYPES.get(kind)
+    if block is None:
+        raise ValueError(f"tensor {name!r} has ggml type {kind}, which this version of gleaner does not know")
+    elements = 1
+    for extent in shape:
+        elements *= extent
+        if not 0 < elements < 2**63:
+            raise ValueError(f"tensor {name!r} has the impossible shape {list(shape)}")
+    row = shape[0] if shape else 1
+    if row % block.elements:
+        raise ValueError(
+            f"tensor {name!r} has rows of {row} elements; {block.name} wants a multiple of {block.elements}"
+        )
+    return Tensor(name, shape, block, offset, elements // block.elements * block.size)
+
+
+def _pad(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
+
+
+def _parse(window: _Window) -> Header:
+    magic = window.take(4, "the magic")
+    if magic != b"GGUF":
+        raise ValueError(f"not a GGUF file: it starts with {magic!r}, wanted b'GGUF'")
+    version = window.u32("the version")
+    if version & 0xFFFF == 0:
+        raise ValueError("a big-endian GGUF file: convert it to little-endian")
+    if version not in (2, 3):
+        raise ValueError(f"GGUF version {version}; wanted 2 or 3")
+    tensor_count = window.u64("the tensor count")
+    key_count = window.u64("the key count")
+    if tensor_count > MAX_TENSORS:
+        raise ValueError(f"{tensor_count} tensors; wanted at most {MAX_TENSORS}")
+    if key_count > MAX_KEYS:
+        raise ValueError(f"{key_count} metadata keys; wanted at most {MAX_KEYS}")
+
+    metadata: dict[str, Value] = {}
+    for index in range(key_count):
+        key = _text(window, MAX_KEY_BYTES, f"metadata key {index}")
+        if key in metadata:
+            raise ValueError(f"metadata key {key!r} appears twice")
+        metadata[key] = _value(window, key)
+
+    alignment = metadata.get("general.alignment", 32)
+    if type(alignment) is not int or not 0 < alignment <= 2**20 or alignment & (alignment - 1):
+        raise ValueError(f"general.alignment is {alignment!r}; wanted a power of two up to {2**20}")
+
+    tensors: list[Tensor] = []
+    names: set[str] = set()
+    expected = 0
+    for index in range(tensor_count):
+        tensor = _tensor(window, index)
+        if tensor.name in names:
+            raise ValueError(f"tensor {tensor.name!r} appears twice")
+        # llama.cpp refuses gaps and overlaps in the same way.
+        if tensor.offset != expected:
+            raise ValueError(f"tensor {tensor.name!r} lies at offset {tensor.offset}; wanted {expected}")
+        names.add(tensor.name)
+        tensors.append(tensor)
+        expected = _pad(tensor.offset + tensor.size, alignment)
+    return Header(window.size, metadata, tuple(tensors), _pad(window.position, alignment))
+
+
+class _NoDowngrade(urllib.request.HTTPRedirectHandler):
+    """Follows redirects within https only."""
+
+    def redirect_request(
+        self, req: urllib.request.Request, fp: Any, code: int, msg: str, headers: Any, newurl: str
+    ) -> urllib.request.Request | None:
+        if not newurl.startswith("https://"):
+            raise ValueError(f"{req.full_url} redirects to {newurl!r}; wanted https://")
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
+def _fetch_range(
+    opener: urllib.request.OpenerDirector, url: str, start: int, count: int
+) -> tuple[bytes, int]:
+    """``count`` bytes of the URL from ``start`` (fewer at its end), and the whole size it reports."""
+    request = urllib.request.Request(url, headers={"Range": f"bytes={start}-{start + count - 1}"})
+    try:
+        with opener.open(request, timeout=HTTP_TIMEOUT_SECONDS) as answer:
+            match = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", answer.headers.get("Content-Range", ""))
+            if answer.status != 206 or match is None or int(match.group(1)) != start:
+                raise ValueError(f"{url}: the server does not serve byte ranges (HTTP {answer.status})")
+            return answer.read(count), int(match.group(2))
+    except (urllib.error.URLError, OSError) as error:
+        raise ValueError(f"{url}: {getattr(error, 'reason', error)}") from error
+
+
+def _read_url(url: str) -> Header:
+    opener = urllib.request.build_opener(
+        _NoDowngrade(), urllib.request.HTTPSHandler(context=ssl.create_default_context())
+    )
+    first, size = _fetch_range(opener, url, 0, WINDOW_BYTES)
+
+    def fetch(start: int, count: int) -> bytes:
+        if start + count <= len(first):
+            return first[start : start + count]
+        return _fetch_range(opener, url, start, count)[0]
+
+    return _parse(_Window(size, fetch))
+
+
+def _read_file(path: Path) -> Header:
+    try:
+        with path.open("rb") as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise ValueError("not a regular file")
+
+            def fetch(start: int, count: int) -> bytes:
+                file.seek(start)
+                return file.read(count)
+
+            return _parse(_Window(status.st_size, fetch))
+    except OSError as error:
+        raise ValueError(error.strerror or str(error)) from error
+
+
+def read_header(source: str) -> Header:
+    """Metadata and tensor table of a GGUF file, from a path, a ``file:///`` or an ``https://`` URL.
+
+    Raises ValueError, naming the source, for all but a sound little-endian GGUF header of version 2 or 3.
+    """
+    try:
+        if source.startswith("https://"):
+            return _read_url(source)
+        if "://" in source and not source.startswith("file:///"):
+            raise ValueError("wanted a path, file:///… or https://…")
+        return _read_file(Path(source[len("file://") :] if source.startswith("file:///") else source))
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from error
+
+
+def _whole(header: Header, key: str, default: int | None = None) -> int:
+    value = header.metadata.get(key, default)
+    if type(value) is not int or value < 0:
+        got = "missing" if value is None else repr(value)
+        raise ValueError(f"metadata {key!r} is {got}; wanted a whole number")
+    return value
+
+
+def _whole_or_list(header: Header, key: str, layers: int, default: int | list[int] | None = None) -> Any:
+    value = header.metadata.get(key, default)
+    if isinstance(value, Kept) and value.numbers is not None:
+        value = list(value.numbers)  # type: ignore[arg-type]  # the next test checks each element
+    if isinstance(value, list):
+        if len(value) != layers or any(type(number) is not int or number < 0 for number in value):
+            raise ValueError(f"metadata {key!r} is {value!r}; wanted {layers} whole numbers")
+        return value[0] if value and len(set(value)) == 1 else value
+    return _whole(header, key, default if isinstance(default, int) else None)
+
+
+def facts_of(header: Header) -> dict[str, Any]:
+    """The header facts (``v`` 1) of a GGUF header; sizes in bytes, from the tensors' types and shapes."""
+    metadata = header.metadata
+    split = None
+    if "split.count" in metadata:
+        split = {"count": _whole(header, "split.count"), "no": _whole(header, "split.no")}
+        if split["no"]:
+            raise ValueError(f"this is part {split['no'] + 1} of {split['count']}: inspect the first part")
+    architecture = metadata.get("general.architecture")
+    if not isinstance(architecture, str) or not re.fullmatch(r"[a-z0-9][a-z0-9_.-]*", architecture):
+        raise ValueError(f"metadata 'general.architecture' is {architecture!r}; wanted a name")
+
+    layers = _whole(header, f"{architecture}.block_count")
+    if layers > MAX_LAYERS:
+        raise ValueError(f"{layers} layers; wanted at most {MAX_LAYERS}")
+    n_embd = _whole(header, f"{architecture}.embedding_length")
+    n_head = _whole_or_list(header, f"{architecture}.attention.head_count", layers, 0)
+    heads = max(n_head) if isinstance(n_head, list) else n_head
+    head_dim = n_embd // heads if heads else 0
+
+    per_layer = [0] * layers
+    token_embd = output = total = 0
+    vocabulary = metadata.get("tokenizer.ggml.tokens")
+    n_vocab = vocabulary.length if isinstance(vocabulary, Kept) else 0
+    tied = True
+    for tensor in header.tensors:
+        total += tensor.size
+        layer = _LAYER.match(tensor.name)
+        if layer is not None:
+            number = int(layer.group(1))
+            if number >= layers:
+                raise ValueError(f"tensor {tensor.name!r} belongs to none of the {layers} layers")
+            per_layer[number] += tensor.size
+        elif tensor.name.startswith("token_embd"):
+            token_embd += tensor.size
+            if tensor.name == "token_embd.weight" and len(tensor.shape) == 2:
+                n_vocab = tensor.shape[1]
+        elif tensor.name.startswith("output"):
+            output += tensor.size
+            tied = tied and tensor.name != "output.weight"
+
+    name = metadata.get("general.name")
+    file_type = metadata.get("general.file_type")
+    window = _whole(header, f"{architecture}.attention.sliding_window", 0)
+    given = metadata.get(f"{architecture}.attention.sliding_window_pattern")
+    pattern: Any = given if type(given) is int else None
+    if isinstance(given, Kept) and given.length == layers:
+        pattern = [bool(number) for number in given.numbers or ()]
+    return {
+        "v": FACTS_VERSION,
+        "architecture": architecture,
+        "name": name if isinstance(name, str) else "",
+        "file_type": file_type if type(file_type) is int else None,
+        "n_layers": layers,
+        "n_embd": n_embd,
+        "n_ff": _whole_or_list(header, f"{architecture}.feed_forward_length", layers, 0),
+        "n_head": n_head,
+        "n_head_kv": _whole_or_list(header, f"{architecture}.attention.head_count_kv", layers, n_head),
+        "head_dim_k": _whole(header, f"{architecture}.attention.key_length", head_dim),
+        "head_dim_v": _whole(header, f"{architecture}.attention.value_length", head_dim),
+        "n_vocab": n_vocab,
+        "context_length": _whole(header, f"{architecture}.context_length"),
+        "sliding_window": window or None,
+        "sliding_window_pattern": pattern,
+        "split": split,
+        "tied_output": tied,
+        "n_tensors": len(header.tensors),
+        "size_bytes": header.size_bytes,
+        "tensor_bytes": {"total": total, "token_embd": token_embd, "output": output, "per_layer": per_layer},
+    }
+
+
+def inspect(source: str) -> dict[str, Any]:
+    """Header facts of the GGUF at a path or https URL: what the inventory records, and what planning reads.
+
+    Raises ValueError, naming the source.
+    """
+    header = read_header(source)
+    try:
+        return facts_of(header)
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from error
+
+
+def facts_fault(facts: object) -> str | None:
+    """What is wrong with recorded header facts (read from JSON), or None: their shape, not their truth."""
+    if not isinstance(facts, Mapping):
+        return "they are not a JSON object"
+    if facts.get("v") != FACTS_VERSION:
+        return f"their version is {facts.get('v')!r}; wanted {FACTS_VERSION}"
+
+    def whole(value: object) -> bool:
+        return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
+
+    for key in (
+        "n_layers",
+        "n_embd",
+        "head_dim_k",
+        "head_dim_v",
+        "n_vocab",
+        "context_length",
+        "n_tensors",
+        "size_bytes",
+    ):
+        if not whole(facts.get(key)):
+            return f"{key} is {facts.get(key)!r}; wanted a whole number"
+    layers = facts["n_layers"]
+    if not 0 < layers <= MAX_LAYERS:
+        return f"n_layers is {layers}; wanted 1 to {MAX_LAYERS}"
+
+    def wholes(value: object) -> bool:
+        return (
+            isinstance(value, (list, tuple)) and len(value) == layers and all(whole(item) for item in value)
+        )
+
+    for key in ("n_ff", "n_head", "n_head_kv"):
+        if not (whole(facts.get(key)) or wholes(facts.get(key))):
+            return (
+                f"{key} is {facts.get(key)!r}; wanted a whole number, or one for each of the {layers} layers"
+            )
+    if not isinstance(facts.get("architecture"), str) or not facts["architecture"]:
+        return f"architecture is {facts.get('architecture')!r}; wanted a name"
+    if facts.get("sliding_window") is not None and not whole(facts["sliding_window"]):
+        return f"sliding_window is {facts['sliding_window']!r}; wanted a whole number or null"
+    pattern = facts.get("sliding_window_pattern")
+    if isinstance(pattern, (list, tuple)):
+        if len(pattern) != layers or any(not isinstance(item, bool) for item in pattern):
+            return f"sliding_window_pattern does not hold true or false for each of the {layers} layers"
+    elif pattern is not None and not whole(pattern):
+        return f"sliding_window_pattern is {pattern!r}; wanted a whole number, a list or null"
+    if not isinstance(facts.get("tied_output"), bool):
+        return f"tied_output is {facts.get('tied_output')!r}; wanted true or false"
+    split = facts.get("split")
+    if split is not None and not (
+        isinstance(split, Mapping) and whole(split.get("count")) and whole(split.get("no"))
+    ):
+        return f"split is {split!r}; wanted null or count and no"
+    sizes = facts.get("tensor_bytes")
+    if not isinstance(sizes, Mapping) or not all(
+        whole(sizes.get(key)) for key in ("total", "token_embd", "output")
+    ):
+        return "tensor_bytes lacks total, token_embd or output"
+    if not wholes(sizes.get("per_layer")):
+        return f"tensor_bytes.per_layer does not hold one size for each of the {layers} layers"
+    if sum(sizes["per_layer"]) + sizes["token_embd"] + sizes["output"] > sizes["total"]:
+        return "the parts of tensor_bytes are more than tensor_bytes.total"
+    return None
+
+
+def check_file(path: Path, facts: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Header facts of a whole GGUF file on disk, once its tensors lie inside it and it is what was recorded.
+
+    ``facts`` are the recorded ones (None: not compared). Raises ValueError, naming the path, for a truncated
+    file and for the first fact that differs.
+    """
+    header = read_header(str(path))
+    for tensor in header.tensors:
+        end = header.data_start + tensor.offset + tensor.size
+        if end > header.size_bytes:
+            raise ValueError(
+                f"{path}: tensor {tensor.name!r} ends at byte {end}; the file has {header.size_bytes}: "
+                "it is truncated"
+            )
+    try:
+        found = facts_of(header)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    if facts is not None:
+        for key, value in found.items():
+            if facts.get(key) != value:
+                raise ValueError(
+                    f"{path}: its header says {key} = {_short(value)}, "
+                    f"the recorded facts say {_short(facts.get(key))}; "
+                    f"record them anew with: gleaner gguf inspect {path}"
+                )
+    return found
+
+
+def _short(value: object) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "…"
+
+
+def render(facts: Mapping[str, Any]) -> str:
+    """Header facts as the JSON text that is committed beside the inventory; one key a line."""
+    lines = []
+    for key, value in facts.items():
+        lines.append(f"  {json.dumps(key)}: {json.dumps(value)}")
+    return "{\n" + ",\n".join(lines) + "\n}\n"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    commands = parser.add_subparsers(dest="gguf_command", required=True)
+    command = commands.add_parser("inspect", help="print the header facts of a GGUF file as JSON")
+    command.add_argument("source", metavar="FILE|URL", help="a path, file:///… or https://…")
+    command.add_argument("--output", metavar="FILE", help="write there instead of to standard output")
+
+
+def run(args: argparse.Namespace) -> int:
+    try:
+        text = render(inspect(args.source))
+    except ValueError as error:
+        print(f"gleaner gguf inspect: {error}", file=sys.stderr)
+        return 1
+    if args.output is None:
+        sys.stdout.write(text)
+    else:
+        _write(Path(args.output), text)
+    return 0
+
+
+def _write(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

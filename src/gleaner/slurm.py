@@ -1,0 +1,225 @@
+"""A thin typed wrapper over Slurm's commands.
+
+Formats are explicit, because --json differs between the releases in use. Slurm's own names are kept.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from dataclasses import dataclass
+
+from gleaner.states import Cause
+
+_ABSENT = {"", "N/A", "None", "(null)", "Unknown"}
+# Slurm looks at time limits about once a minute.
+_LIMIT_RESOLUTION_SECONDS = 60
+
+
+class SlurmError(Exception):
+    """A Slurm command failed or did not answer in time."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One line of squeue."""
+
+    id: int
+    name: str
+    state: str
+    restarts: int
+    preempted: bool
+    run_seconds: int
+    nodes: str
+    reason: str
+
+
+# squeue cuts a field at its size, so sizes are generous.
+_COLUMNS = (
+    "JobID:16",
+    "Name:64",
+    "State:24",
+    "RestartCnt:12",
+    "PreemptTime:24",
+    "StartTime:24",
+    "TimeUsed:24",
+    "NodeList:128",
+    "Reason:160",
+)
+
+
+_FOREIGN_PREFIXES = ("SQUEUE_", "SBATCH_", "SACCT_", "SCONTROL_", "SLURM_TIME_FORMAT")
+# sbatch hands its environment to the job, where these would be untrue.
+_SYSTEMD_VARIABLES = {
+    "CACHE_DIRECTORY",
+    "CREDENTIALS_DIRECTORY",
+    "INVOCATION_ID",
+    "JOURNAL_STREAM",
+    "LISTEN_PID",
+    "LOGS_DIRECTORY",
+    "MEMORY_PRESSURE_WATCH",
+    "MEMORY_PRESSURE_WRITE",
+    "NOTIFY_SOCKET",
+    "RUNTIME_DIRECTORY",
+    "STATE_DIRECTORY",
+    "SYSTEMD_EXEC_PID",
+    "WATCHDOG_PID",
+    "WATCHDOG_USEC",
+}
+
+
+def environment() -> dict[str, str]:
+    """Variables for Slurm commands: no translation, no formats or options of the caller's, no systemd's."""
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(_FOREIGN_PREFIXES) and name not in _SYSTEMD_VARIABLES
+    }
+    return {**kept, "LC_ALL": "C"}
+
+
+def run(argv: list[str], timeout_seconds: float = 10.0) -> str:
+    """A command's stdout; SlurmError with its stderr otherwise."""
+    try:
+        done = subprocess.run(
+            argv,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            timeout=timeout_seconds,
+            env=environment(),
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        raise SlurmError(f"{argv[0]}: no answer within {timeout_seconds:g} s") from None
+    except OSError as error:
+        raise SlurmError(f"{argv[0]}: {error.strerror}") from None
+    if done.returncode != 0:
+        detail = done.stderr.decode(errors="replace").strip().splitlines()
+        raise SlurmError(f"{argv[0]}: {detail[-1] if detail else f'exit code {done.returncode}'}")
+    return done.stdout.decode(errors="replace")
+
+
+def jobs_command(user: str, names: list[str]) -> list[str]:
+    form = ",".join(column + "|" for column in _COLUMNS)
+    return ["squeue", "--noheader", f"--user={user}", f"--name={','.join(names)}", f"--Format={form}"]
+
+
+def jobs(user: str, names: list[str], timeout_seconds: float = 10.0) -> list[Job]:
+    """The user's jobs of these names that are pending, running or completing."""
+    return parse_jobs(run(jobs_command(user, names), timeout_seconds))
+
+
+def parse_jobs(text: str) -> list[Job]:
+    found = []
+    for line in text.splitlines():
+        if not line.strip():
+            continue
+        cells = [cell.strip() for cell in line.split("|")]
+        if len(cells) < len(_COLUMNS) or not cells[0].isdigit():
+            raise SlurmError(f"squeue: cannot read the line {line.strip()!r}")
+        found.append(
+            Job(
+                id=int(cells[0]),
+                name=cells[1],
+                state=cells[2],
+                restarts=int(cells[3]) if cells[3].isdigit() else 0,
+                preempted=preempted(cells[4], cells[5]),
+                run_seconds=seconds(cells[6]) or 0,
+                nodes=cells[7],
+                reason=cells[8].strip("()"),
+            )
+        )
+    return found
+
+
+def job(job_id: int, timeout_seconds: float = 10.0) -> dict[str, str]:
+    """The fields of `scontrol show job`."""
+    return parse_job(run(["scontrol", "show", "job", "-o", str(job_id)], timeout_seconds))
+
+
+def parse_job(text: str) -> dict[str, str]:
+    """`Key=Value Key=Value …`, where values may hold spaces; the first of two equal keys counts."""
+    line = " ".join(text.split("\n"))
+    keys = list(re.finditer(r"(?:^|\s)([A-Z][A-Za-z0-9/:_]*)=", line))
+    fields: dict[str, str] = {}
+    for here, after in zip(keys, [*keys[1:], None]):
+        value = line[here.end() : after.start() if after else len(line)].strip()
+        fields.setdefault(here.group(1), value)
+    if "JobId" not in fields or "JobState" not in fields:
+        raise SlurmError(f"scontrol: cannot read {text.strip()[:80]!r}")
+    return fields
+
+
+def cause_of_stop(fields: dict[str, str], signal_seconds: int = 0) -> Cause:
+    """Why a job that got TERM has to stop; `signal_seconds` is the N of its `--signal=B:TERM@N`."""
+    running = fields["JobState"].split(",")[0] == "RUNNING"
+    if running and preempted(fields.get("PreemptTime", ""), fields.get("StartTime", "")):
+        return Cause.PREEMPTED
+    if fields.get("Reason") == "TimeLimit" or fields["JobState"].startswith("TIMEOUT"):
+        return Cause.TIME_LIMIT
+    limit, used = seconds(fields.get("TimeLimit", "")), seconds(fields.get("RunTime", ""))
+    if limit and used is not None and used + signal_seconds + _LIMIT_RESOLUTION_SECONDS >= limit:
+        return Cause.TIME_LIMIT
+    return Cause.ASKED if running else Cause.CANCELLED
+
+
+def preempted(preempt_time: str, start_time: str) -> bool:
+    """This run of the job is being preempted; an earlier run's time does not count."""
+    return preempt_time not in _ABSENT and (start_time in _ABSENT or preempt_time >= start_time)
+
+
+def seconds(text: str) -> int | None:
+    """Slurm's `[D-]HH:MM:SS`, `MM:SS`; None for UNLIMITED and the like."""
+    match = re.fullmatch(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)", text)
+    if not match:
+        return None
+    days, hours, minutes, rest = (int(part or 0) for part in match.groups())
+    return ((days * 24 + hours) * 60 + minutes) * 60 + rest
+
+
+def canceller(job_id: int) -> int | None:
+    """The uid that cancelled the job, from accounting; None when accounting does not know (yet)."""
+    text = run(["sacct", "-X", "-n", "-P", "-j", str(job_id), "-o", "State"])
+    match = re.search(r"CANCELLED by (\d+)", text)
+    return int(match.group(1)) if match else None
+
+
+def submit(script: str) -> int:
+    """Submit a job script as it is; the job's id."""
+    answer = run(["sbatch", "--parsable", script], 30.0).strip()
+    match = re.match(r"(\d+)(;|$)", answer)
+    if not match:
+        raise SlurmError(f"sbatch: cannot read {answer[:80]!r}")
+    return int(match.group(1))
+
+
+def requeue(job_id: int) -> None:
+    run(["scontrol", "requeue", str(job_id)])
+
+
+def release(job_id: int) -> None:
+    """End a hold."""
+    run(["scontrol", "release", str(job_id)])
+
+
+def start_now(job_id: int) -> None:
+    """End the wait that Slurm gives a requeued job."""
+    run(["scontrol", "update", f"JobId={job_id}", "StartTime=now"])
+
+
+def hosts(expression: str) -> list[str]:
+    """Expand a host list such as `vasp-[01-03,07],gpu1`."""
+    names: list[str] = []
+    for part in re.findall(r"[^,\[]+(?:\[[^\]]*\][^,\[]*)?", expression):
+        match = re.fullmatch(r"([^\[]*)\[([^\]]*)\](.*)", part)
+        if not match:
+            names.append(part)
+            continue
+        head, ranges, tail = match.groups()
+        for item in ranges.split(","):
+            first, _, last = item.partition("-")
+            names += [
+                f"{head}{number:0{len(first)}d}{tail}" for number in range(int(first), int(last or first) + 1)
+            ]
+    return names

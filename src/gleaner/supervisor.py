@@ -1,0 +1,537 @@
+"""The batch step of a tier's job (`gleaner supervise --plan PATH`).
+
+It starts one agent per node, has them start the tier's programs, publishes the endpoint record while
+the server is ready, and decides what happens when something dies or Slurm wants the GPUs back.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import enum
+import os
+import secrets
+import selectors
+import signal
+import subprocess
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gleaner import files, heartbeat, record, slurm
+from gleaner.journal import say
+from gleaner.states import Cause, Exit
+
+TICK_SECONDS = 0.1
+AGENTS_SECONDS = 120.0
+GREETING_SECONDS = 5.0
+# A server without streams in flight gets this long to stop, then it is killed.
+STOP_SECONDS = 1.0
+LEAVE_SECONDS = 3.0
+WITHDRAW_SECONDS = 1.0
+ASK_SECONDS = 3.0
+REQUEUE_SECONDS = 5.0
+# A server that was ready, is stopped by a signal or does not answer /health for this long, is restarted.
+FROZEN_SECONDS = 3.0
+UNHEALTHY_SECONDS = 15.0
+# A process that KILL does not end hangs in the kernel: driver, disk or file system.
+UNKILLABLE_SECONDS = 30.0
+RESTART_PAUSES = (0.5, 1.0, 2.0, 5.0, 10.0)
+RESTART_WINDOW_SECONDS = 600.0
+
+
+class PlanError(ValueError):
+    """The plan, or what surrounds the supervisor, is not as it must be."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the supervisor needs of plan v1."""
+
+    tier: str
+    engine: Path
+    address_of: dict[str, str]
+    numa_node_of: dict[str, int | None]
+    port: int
+    arguments: tuple[str, ...]
+    environment: dict[str, str]
+    models: tuple[str, ...]
+    cpus: int
+    signal_seconds: int
+    drain_seconds: float
+    load_timeout_seconds: float
+
+    @classmethod
+    def load(cls, path: Path) -> Plan:
+        try:
+            value = files.load_config(path)
+            if value["kind"] != "router":
+                raise PlanError(f"{path}: kind: got {value['kind']!r}, want 'router'")
+            return cls._from(value)
+        except PlanError:
+            raise
+        except ValueError as error:
+            raise PlanError(str(error)) from None
+        except (KeyError, TypeError, AttributeError) as error:
+            raise PlanError(
+                f"{path}: not a plan of this version ({error!r}): run playbooks/tiers.yml"
+            ) from None
+
+    @classmethod
+    def _from(cls, value: dict[str, Any]) -> Plan:
+        server = value["server"]
+        return cls(
+            tier=str(value["tier"]),
+            engine=Path(value["engine"]["prefix"]),
+            address_of={name: str(node["address"]) for name, node in value["nodes"].items()},
+            numa_node_of={name: node["numa_node"] for name, node in value["nodes"].items()},
+            port=int(server["node_port"]),
+            arguments=tuple(str(argument) for argument in server["args"]),
+            environment={name: str(text) for name, text in server["environment"].items()},
+            models=tuple(str(name) for name in value["models"]),
+            cpus=int(value["slurm"]["cpus_per_node"]),
+            signal_seconds=int(value["slurm"]["signal_seconds"]),
+            drain_seconds=float(value["drain_seconds"]),
+            load_timeout_seconds=float(value["load_timeout_seconds"]),
+        )
+
+
+@dataclass(frozen=True)
+class JobEnvironment:
+    """Where Slurm put us."""
+
+    job: int
+    restart: int
+    node: str
+    nodes: tuple[str, ...]
+
+    @classmethod
+    def read(cls, plan: Plan) -> JobEnvironment:
+        if os.geteuid() == 0:
+            raise PlanError("uid: got 0, want the service user: the keeper submits this job, not root")
+        try:
+            job = int(os.environ["SLURM_JOB_ID"])
+            nodes = tuple(slurm.hosts(os.environ["SLURM_JOB_NODELIST"]))
+            restart = int(os.environ.get("SLURM_RESTART_COUNT") or 0)
+        except (KeyError, ValueError) as error:
+            raise PlanError(
+                f"not inside a Slurm job ({error}): submit the tier's script with sbatch as the service user"
+            ) from None
+        foreign = [name for name in nodes if name not in plan.address_of]
+        if foreign:
+            raise PlanError(
+                f"SLURM_JOB_NODELIST: got {','.join(foreign)}, the plan has {','.join(plan.address_of)}: "
+                "submit the tier's own script, or run playbooks/tiers.yml"
+            )
+        return cls(job=job, restart=restart, node=heartbeat.node_name(), nodes=nodes)
+
+
+class Phase(enum.Enum):
+    """Where the supervisor is on its one way from start to exit."""
+
+    GATHERING = "waiting for agents"
+    LOADING = "loading"
+    SERVING = "serving"
+    PAUSING = "waiting before a restart"
+    DRAINING = "draining"
+    STOPPING = "stopping"
+    LEAVING = "leaving"
+
+
+class Supervisor:
+    """One selector loop over agents, signals, the job step and a tick."""
+
+    def __init__(self, plan: Plan, where: JobEnvironment, registry: Path, logs: Path) -> None:
+        self.plan, self.where, self.logs = plan, where, logs
+        self.home = where.nodes[0]
+        self.publisher = record.Publisher(registry)
+        self.selector = selectors.DefaultSelector()
+        self.signals = heartbeat.Signals(signal.SIGTERM, signal.SIGINT, signal.SIGCHLD)
+        self.selector.register(self.signals.socket, selectors.EVENT_READ)
+        self.listener = heartbeat.listen(plan.address_of.get(where.node, plan.address_of[self.home]))
+        self.selector.register(self.listener, selectors.EVENT_READ)
+        self.token = secrets.token_hex(32)
+        self.strangers: list[heartbeat.Channel] = []
+        self.agents: dict[str, heartbeat.Channel] = {}
+        self.step: subprocess.Popen[bytes] | None = None
+        self.phase = Phase.GATHERING
+        self.deadline = time.monotonic() + AGENTS_SECONDS
+        self.start = 0
+        self.deaths: list[float] = []
+        self.ending = False
+        self.good_at = 0.0
+        self.moving_at = 0.0
+        self.beat_at = 0.0
+        self.cause: Cause | None = None
+        self.exit = Exit.STOPPED
+
+    # The loop
+
+    def run(self) -> Exit:
+        """Live the job's life; the exit code says how it ended."""
+        self._start_step()
+        while self.phase is not Phase.LEAVING:
+            for key, _ in self.selector.select(TICK_SECONDS):
+                if key.fileobj is self.signals.socket:
+                    if self.signals.receive() & {signal.SIGTERM, signal.SIGINT}:
+                        self._told_to_stop("signal")
+                elif key.fileobj is self.listener:
+                    self._accept()
+            self._hear_strangers()
+            self._hear_agents()
+            self._tick()
+        self._leave()
+        return self.exit
+
+    def _tick(self) -> None:
+        now = time.monotonic()
+        if now >= self.beat_at:
+            self.beat_at = now + heartbeat.BEAT_SECONDS
+            self._tell_all({"beat": 1})
+        if self.step is not None and self.step.poll() is not None:
+            code, self.step = self.step.returncode, None
+            self._fail(
+                Exit.START_FAILED if not self.agents else Exit.AGENT_LOST, f"job step ended with {code}"
+            )
+        elif self.phase is Phase.GATHERING and now >= self.deadline:
+            missing = sorted(set(self.where.nodes) - set(self.agents))
+            self._fail(Exit.START_FAILED, f"no agent from {','.join(missing)} within {AGENTS_SECONDS:g} s")
+        elif self.phase is Phase.LOADING and now >= self.deadline:
+            self._fail(
+                Exit.LOAD_TIMEOUT,
+                f"/health was not good within load_timeout_seconds={self.plan.load_timeout_seconds:g}: "
+                f"see {self.logs / 'router.log'}",
+            )
+        elif self.phase is Phase.SERVING:
+            frozen, unhealthy = now - self.moving_at, now - self.good_at
+            if frozen > FROZEN_SECONDS or unhealthy > UNHEALTHY_SECONDS:
+                what = (
+                    f"stopped for {frozen:.0f} s"
+                    if frozen > FROZEN_SECONDS
+                    else f"sick for {unhealthy:.0f} s"
+                )
+                self._withdraw()
+                self._pause(f"server is {what}: killing it")
+                self._tell(self.home, {"stop": 0})
+        elif self.phase is Phase.PAUSING and now >= self.deadline and not self.ending:
+            self._start_server()
+        elif self.phase is Phase.PAUSING and now >= self.deadline + UNKILLABLE_SECONDS:
+            self._fail(Exit.SERVER_FAILED, f"server is not gone {UNKILLABLE_SECONDS:g} s after KILL")
+        elif self.phase is Phase.DRAINING and now >= self.deadline:
+            say(f"drain: {self.plan.drain_seconds:g} s are over, ending what is in flight")
+            # llama-server with a stream in flight does not end on TERM.
+            self._stop(0.0)
+        elif self.phase is Phase.STOPPING and now >= self.deadline:
+            self.phase = Phase.LEAVING
+
+    # Agents
+
+    def _start_step(self) -> None:
+        address, port = self.listener.getsockname()
+        count = len(self.where.nodes)
+        command = [
+            "srun",
+            f"--nodes={count}",
+            f"--ntasks={count}",
+            "--ntasks-per-node=1",
+            f"--cpus-per-task={self.plan.cpus}",
+            "--mem=0",
+            "--propagate=NONE",
+            "--export=ALL",
+            "--mpi=none",
+            "--input=none",
+            "--wait=0",
+            "--kill-on-bad-exit=1",
+            "--job-name=agent",
+            *files.own_command(),
+            "agent",
+        ]
+        environment = {
+            **os.environ,
+            "GLEANER_SUPERVISOR": f"{address}:{port}",
+            "GLEANER_TOKEN": self.token,
+        }
+        # Its own session: a TERM for the whole batch step must not make srun end the agents before
+        # the supervisor has asked Slurm why.
+        try:
+            self.step = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, env=environment, start_new_session=True
+            )
+        except OSError as error:
+            self._fail(Exit.START_FAILED, f"srun: {error.strerror}")
+            return
+        say(
+            f"tier {self.plan.tier}: job {self.where.job} restart {self.where.restart} "
+            f"on {','.join(self.where.nodes)}"
+        )
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                connection, _ = self.listener.accept()
+                if len(self.strangers) >= 16:
+                    connection.close()
+                    continue
+                channel = heartbeat.Channel(connection, heartbeat.GREETING_LIMIT)
+                self.selector.register(connection, selectors.EVENT_READ)
+                self.strangers.append(channel)
+
+    def _drop(self, channel: heartbeat.Channel) -> None:
+        with contextlib.suppress(KeyError, ValueError):
+            self.selector.unregister(channel.socket)
+        channel.close()
+
+    def _hear_strangers(self) -> None:
+        for channel in list(self.strangers):
+            try:
+                messages = channel.receive()
+                if not messages:
+                    if channel.silent_seconds <= GREETING_SECONDS:
+                        continue
+                    raise ValueError("no greeting in time")
+                node = heartbeat.greeted_by(messages[0], self.token)
+                if node not in self.where.nodes or node in self.agents:
+                    raise ValueError(f"greeting from {node!r}, which is not awaited")
+            except (ValueError, heartbeat.ChannelClosed) as error:
+                say(f"connection refused: {error}")
+                self.strangers.remove(channel)
+                self._drop(channel)
+                continue
+            self.strangers.remove(channel)
+            channel.limit = heartbeat.LINE_LIMIT
+            self.agents[node] = channel
+            for message in messages[1:]:
+                self._heard(node, message)
+            if self.phase is Phase.GATHERING and set(self.agents) == set(self.where.nodes):
+                self._start_server()
+
+    def _hear_agents(self) -> None:
+        for node, channel in list(self.agents.items()):
+            try:
+                channel.flush()
+                for message in channel.receive():
+                    self._heard(node, message)
+                if channel.silent_seconds > heartbeat.SILENCE_SECONDS:
+                    raise heartbeat.ChannelClosed(f"silent for {heartbeat.SILENCE_SECONDS:g} s")
+            except (ValueError, heartbeat.ChannelClosed) as error:
+                self._lost(node, str(error))
+
+    def _lost(self, node: str, why: str) -> None:
+        channel = self.agents.pop(node, None)
+        if channel is None:
+            return
+        self._drop(channel)
+        if self.phase is Phase.STOPPING:
+            if not self.agents:
+                self.phase = Phase.LEAVING
+        elif self.phase is not Phase.LEAVING:
+            self._fail(Exit.AGENT_LOST, f"agent on {node}: {why}")
+
+    def _tell(self, node: str, message: heartbeat.Message) -> None:
+        channel = self.agents.get(node)
+        if channel is None:
+            return
+        try:
+            channel.send(message)
+        except heartbeat.ChannelClosed as error:
+            self._lost(node, str(error))
+
+    def _tell_all(self, message: heartbeat.Message) -> None:
+        for node in list(self.agents):
+            self._tell(node, message)
+
+    def _heard(self, node: str, message: heartbeat.Message) -> None:
+        if "beat" in message:
+            self._beat(node, message["beat"])
+        elif message.get("exited") == self.start:
+            self._exited(int(message["code"]))
+        elif "refused" in message:
+            self._fail(Exit.START_FAILED, f"agent on {node}: {message['why']}")
+        elif "signal" in message:
+            self._told_to_stop(f"signal to the agent on {node}")
+
+    def _beat(self, node: str, beat: dict[str, Any]) -> None:
+        if node != self.home or beat.get("start") != self.start:
+            return
+        now = time.monotonic()
+        if beat["state"] != "stopped":
+            self.moving_at = now
+        if beat["health"] == "ready":
+            self.good_at = now
+            if self.phase is Phase.LOADING:
+                self._ready()
+        elif beat["health"] == "loading" and self.phase is Phase.SERVING:
+            self.good_at = now
+        if self.phase is Phase.DRAINING and beat["busy"] is False:
+            say("drain: nothing in flight")
+            self._stop()
+
+    # The server's life
+
+    def _start_server(self) -> None:
+        self.start += 1
+        self.phase = Phase.LOADING
+        self.deadline = time.monotonic() + self.plan.load_timeout_seconds
+        address = self.plan.address_of[self.home]
+        program = self.plan.engine / "bin" / "llama-server"
+        task = {
+            "start": self.start,
+            "argv": [str(program), *self.plan.arguments, "--host", address, "--port", str(self.plan.port)],
+            "environment": self.plan.environment,
+            "numa_node": self.plan.numa_node_of[self.home],
+            "log": str(self.logs / "router.log"),
+            "address": address,
+            "port": self.plan.port,
+            "router": True,
+        }
+        self._tell(self.home, {"start": task})
+
+    def _ready(self) -> None:
+        self.phase = Phase.SERVING
+        say(f"serving on {self.home}:{self.plan.port}")
+        self.publisher.publish(
+            record.Record(
+                tier=self.plan.tier,
+                job=self.where.job,
+                restart=self.where.restart,
+                host=self.home,
+                port=self.plan.port,
+                models=self.plan.models[: record.MODELS_LIMIT],
+                started=int(time.time()),
+                seq=0,
+            )
+        )
+
+    def _exited(self, code: int) -> None:
+        if self.phase is Phase.PAUSING:
+            self.ending = False
+        elif self.phase in (Phase.LOADING, Phase.SERVING):
+            self._withdraw()
+            self._pause(f"server ended with {code}")
+            self.ending = False
+        elif self.phase is Phase.DRAINING:
+            say(f"drain: server ended with {code}")
+            self._stop()
+
+    def _pause(self, why: str) -> None:
+        """Wait, longer each time, before the server is started again; fail when it dies too often."""
+        now = time.monotonic()
+        self.deaths = [at for at in self.deaths if now - at < RESTART_WINDOW_SECONDS] + [now]
+        if len(self.deaths) > len(RESTART_PAUSES):
+            self._fail(
+                Exit.SERVER_FAILED,
+                f"{why}; {len(self.deaths)} times in {RESTART_WINDOW_SECONDS:g} s: "
+                f"see {self.logs / 'router.log'}",
+            )
+            return
+        pause = RESTART_PAUSES[len(self.deaths) - 1]
+        say(f"{why}; starting it again in {pause:g} s")
+        self.phase, self.deadline = Phase.PAUSING, now + pause
+        # Until the old one is known to be gone, the port and the GPU are not free.
+        self.ending = True
+
+    def _withdraw(self) -> None:
+        if not self.publisher.withdraw(WITHDRAW_SECONDS):
+            say(f"record: not removed within {WITHDRAW_SECONDS:g} s, still trying")
+
+    # Stopping
+
+    def _told_to_stop(self, how: str) -> None:
+        """TERM: withdraw first, then ask Slurm why, then do what the cause asks for."""
+        if self.phase is Phase.LEAVING or self.cause is Cause.FAILED:
+            return
+        asked_at = time.monotonic()
+        self._withdraw()
+        cause = self._ask_why()
+        first, self.cause = self.cause is None, self._stronger(cause)
+        if first:
+            say(f"told to stop ({how}): {self.cause.value}")
+        elif self.cause is cause:
+            say(f"told to stop again ({how}): {cause.value}")
+        if self.phase is Phase.STOPPING:
+            return
+        if self.phase not in (Phase.SERVING, Phase.DRAINING) or not self.cause.drains:
+            self._stop()
+        elif self.phase is Phase.SERVING:
+            self.phase, self.deadline = Phase.DRAINING, asked_at + self.plan.drain_seconds
+            self._tell(self.home, {"watch_busy": 1})
+
+    def _ask_why(self) -> Cause:
+        try:
+            return slurm.cause_of_stop(slurm.job(self.where.job, ASK_SECONDS), self.plan.signal_seconds)
+        except slurm.SlurmError as error:
+            say(f"cannot ask Slurm why: {error}")
+            return Cause.UNANSWERED
+
+    def _stronger(self, cause: Cause) -> Cause:
+        """A second signal can only make the end harder: cancelled wins over all before."""
+        if self.cause is None or cause is Cause.CANCELLED or self.cause is Cause.UNANSWERED:
+            return cause
+        return self.cause
+
+    def _stop(self, kill_after: float = STOP_SECONDS) -> None:
+        """Have every agent end what it started, and leave when they are gone."""
+        self.phase = Phase.STOPPING
+        self.deadline = time.monotonic() + kill_after + LEAVE_SECONDS
+        self._tell_all({"quit": kill_after})
+        if not self.agents:
+            self.phase = Phase.LEAVING
+
+    def _fail(self, code: Exit, why: str) -> None:
+        if self.phase in (Phase.STOPPING, Phase.LEAVING):
+            return
+        say(f"failed: {why}")
+        self._withdraw()
+        if self.cause is None:
+            self.cause, self.exit = Cause.FAILED, code
+        self._stop()
+
+    def _leave(self) -> None:
+        for channel in [*self.agents.values(), *self.strangers]:
+            self._drop(channel)
+        self.listener.close()
+        self.selector.close()
+        if self.step is not None:
+            try:
+                self.step.wait(1.0)
+            except subprocess.TimeoutExpired:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(self.step.pid, signal.SIGKILL)
+        if self.cause is not None and self.cause.requeues and self._ask_why().requeues:
+            self._requeue()
+
+    def _requeue(self) -> None:
+        try:
+            slurm.run(["scontrol", "requeue", str(self.where.job)], REQUEUE_SECONDS)
+        except slurm.SlurmError as error:
+            say(f"cannot requeue job {self.where.job}, the keeper will submit anew: {error}")
+            return
+        say(f"requeued job {self.where.job}")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--plan", type=Path, required=True, help="plan v1 of the tier")
+    parser.add_argument(
+        "--registry", type=Path, help="endpoint records (default: endpoints beside the plan's folder)"
+    )
+    parser.add_argument("--logs", type=Path, help="parent of the job's log folder (default: logs beside it)")
+
+
+def run(args: argparse.Namespace) -> int:
+    shared = args.plan.resolve().parent.parent
+    registry = args.registry or shared / "endpoints"
+    try:
+        plan = Plan.load(args.plan)
+        where = JobEnvironment.read(plan)
+        logs = (args.logs or shared / "logs") / str(where.job)
+        logs.mkdir(parents=True, exist_ok=True)
+        if not os.access(registry, os.W_OK):
+            raise PlanError(
+                f"{registry}: not a folder that uid {os.geteuid()} can write: run playbooks/tiers.yml"
+            )
+        supervisor = Supervisor(plan, where, registry, logs)
+    except (PlanError, OSError) as error:
+        say(f"refused: {error}")
+        return Exit.REFUSED
+    return supervisor.run()

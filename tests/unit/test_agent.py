@@ -1,0 +1,229 @@
+"""What the agent does with one process: bind, limit, watch, kill."""
+
+from __future__ import annotations
+
+import os
+import resource
+import selectors
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from gleaner import agent
+from tests.unit.fakes import Home, alive, home, wait_for
+
+
+@pytest.fixture
+def place() -> Iterator[Home]:
+    with home() as made:
+        yield made
+
+
+def task(place: Home, **more: object) -> agent.Task:
+    value = {
+        "start": 1,
+        "argv": [str(place.engine / "llama-server"), "--host", "127.0.0.1", "--port", str(place.port)],
+        "environment": {"FAKE_SERVER": str(place.server)},
+        "numa_node": None,
+        "log": str(place.root / "router.log"),
+        "address": "127.0.0.1",
+        "port": place.port,
+        "router": True,
+        **more,
+    }
+    return agent.Task.from_message(value)
+
+
+@pytest.mark.parametrize(
+    ("text", "cpus"), [("0-3,8\n", {0, 1, 2, 3, 8}), ("5\n", {5}), ("\n", set()), ("0,2-3", {0, 2, 3})]
+)
+def test_cpulist(text: str, cpus: set[int]) -> None:
+    assert agent.cpulist(text) == cpus
+
+
+def sysfs(tmp_path: Path) -> Path:
+    for node, cpus in ((0, "0-19"), (1, "20-39")):
+        (tmp_path / f"node{node}").mkdir()
+        (tmp_path / f"node{node}" / "cpulist").write_text(cpus + "\n")
+    return tmp_path
+
+
+@pytest.fixture
+def _numactl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "bin").mkdir()
+    Home.program(tmp_path / "bin" / "numactl", "#!/bin/sh\n")
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+
+
+@pytest.mark.usefixtures("_numactl")
+def test_binding_stays_inside_the_cores_that_slurm_gave(tmp_path: Path) -> None:
+    assert agent.binding(1, {18, 19, 20, 22}, sysfs(tmp_path)) == [
+        "numactl",
+        "--membind=1",
+        "--physcpubind=20,22",
+        "--",
+    ]
+
+
+@pytest.mark.usefixtures("_numactl")
+def test_binding_without_a_core_of_the_node_binds_memory(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert agent.binding(1, {0, 1}, sysfs(tmp_path)) == ["numactl", "--membind=1", "--"]
+    assert "Slurm gave no core of it (got [0, 1])" in capfd.readouterr().err
+
+
+def test_no_binding_is_said(capfd: pytest.CaptureFixture[str]) -> None:
+    assert agent.binding(None, {0}) == []
+    assert "no NUMA binding" in capfd.readouterr().err
+
+
+def test_unknown_numa_node_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"numa_node: got 7, this machine has 0, 1"):
+        agent.binding(7, {0}, sysfs(tmp_path))
+
+
+def test_missing_numactl_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ValueError, match="numactl is not installed"):
+        agent.binding(0, {0}, sysfs(tmp_path))
+
+
+def test_memlock_limit_is_raised_to_the_hard_one() -> None:
+    code = (
+        "import resource as r; h = r.getrlimit(r.RLIMIT_MEMLOCK)[1];"
+        "h = (64 << 20) if h == r.RLIM_INFINITY else h;"
+        "r.setrlimit(r.RLIMIT_MEMLOCK, (0, h));"
+        "from gleaner.agent import raise_memlock as f;"
+        "print(f() == h >> 20, r.getrlimit(r.RLIMIT_MEMLOCK) == (h, h))"
+    )
+    answer = subprocess.run(
+        [sys.executable, "-c", code],
+        env={"PYTHONPATH": str(Path(agent.__file__).parent.parent)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert answer.stdout == "True True\n"
+
+
+def test_unlimited_memlock_is_minus_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (0, resource.RLIM_INFINITY))
+    monkeypatch.setattr(resource, "setrlimit", lambda *_: None)
+    assert agent.raise_memlock() == -1
+
+
+def test_process_states() -> None:
+    child = subprocess.Popen(["sleep", "60"])
+    try:
+        wait_for(lambda: agent.process_state(child.pid) == "alive")
+        child.send_signal(signal.SIGSTOP)
+        wait_for(lambda: agent.process_state(child.pid) == "stopped")
+        child.send_signal(signal.SIGKILL)
+        wait_for(lambda: agent.process_state(child.pid) == "zombie")
+    finally:
+        child.kill()
+        child.wait()
+    assert agent.process_state(child.pid) == "gone"
+
+
+# Some Pythons warn of a fork beside the threads of other tests; an agent has no threads.
+@pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")
+def test_process_has_its_own_group_and_no_secret(place: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GLEANER_TOKEN", "secret")
+    process = agent.Process.launch(task(place))
+    wait_for(lambda: place.started)
+    assert os.getpgid(process.pid) == process.pid != os.getpgid(0)
+    assert "GLEANER_TOKEN" not in place.started[0]["environment"]
+    child = wait_for(lambda: (place.server / "child").exists() and int((place.server / "child").read_text()))
+    resident, _ = agent.group_memory(process.pid)
+    assert resident > 1
+    assert process.kill_group()
+    os.waitpid(process.pid, 0)
+    wait_for(lambda: not alive(child))
+
+
+def test_group_memory_counts_locked_pages_of_children() -> None:
+    code = (
+        "import ctypes, mmap, time; m = mmap.mmap(-1, 8 << 20); m.write(b'x' * (8 << 20));"
+        "a = ctypes.addressof(ctypes.c_char.from_buffer(m));"
+        "print(ctypes.CDLL(None).mlock(ctypes.c_void_p(a), 8 << 20), flush=True); time.sleep(60)"
+    )
+    shell = subprocess.Popen(
+        ["/bin/sh", "-c", f'"{sys.executable}" -c "{code}" & wait'],
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    with shell:
+        try:
+            assert shell.stdout is not None
+            assert shell.stdout.readline() == "0\n", "this test needs 8 MiB of lockable memory"
+            assert agent.group_memory(shell.pid)[1] == 8
+        finally:
+            os.killpg(shell.pid, signal.SIGKILL)
+
+
+def answers(place: Home) -> bool:
+    """Ask once whether anything is in flight."""
+    with selectors.DefaultSelector() as selector:
+        check = agent.BusyCheck(selector, task(place))
+        check.begin()
+        try:
+            for _ in range(200):
+                selector.select(0.05)
+                answer = check.advance()
+                if answer is not None:
+                    return answer
+        finally:
+            check.close()
+    raise AssertionError("no answer")
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")
+def test_busy_check_asks_without_loading_a_model(place: Home) -> None:
+    process = agent.Process.launch(task(place))
+    log = place.root / "router.log"
+    try:
+        wait_for(lambda: (place.server / "child").exists())
+        wait_for(lambda: not answers(place))
+        assert "GET /slots?model=one&autoload=false" in log.read_text()
+        assert "model=two" not in log.read_text()
+        place.set(place.server / "busy")
+        assert answers(place)
+        (place.server / "busy").unlink()
+        place.set(place.server / "model-loads")
+        assert answers(place)
+        (place.server / "model-loads").unlink()
+        os.kill(process.pid, signal.SIGSTOP)
+        began = time.monotonic()
+        assert answers(place), "a server that does not answer was taken for idle"
+        assert time.monotonic() - began < 3
+    finally:
+        process.kill_group()
+        os.waitpid(process.pid, 0)
+    assert not answers(place), "a dead server was taken for busy"
+
+
+def test_log_is_rotated_while_it_is_written(tmp_path: Path) -> None:
+    log = tmp_path / "router.log"
+    with log.open("ab", buffering=0) as writer:
+        writer.write(b"x" * 2000)
+        assert not agent.rotate(log, 4000)
+        writer.write(b"x" * 2001)
+        assert agent.rotate(log, 4000)
+        wait_for(lambda: log.stat().st_size == 0)
+        writer.write(b"new\n")
+    os.wait()
+    assert log.read_bytes() == b"new\n"
+    assert (tmp_path / "router.log.1").stat().st_size == 4001
+
+
+def test_agent_by_hand_says_who_starts_it(place: Home) -> None:
+    assert place.start("agent").wait(10) == 2
+    assert "started by `gleaner supervise`" in place.log("agent")

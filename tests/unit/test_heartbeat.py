@@ -1,0 +1,105 @@
+"""The line between agent and supervisor."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from gleaner import heartbeat
+from gleaner.heartbeat import Channel, ChannelClosed
+
+
+@pytest.fixture
+def pair() -> Iterator[tuple[Channel, socket.socket]]:
+    with (
+        contextlib.closing(heartbeat.listen("127.0.0.1")) as listener,
+        socket.create_connection(listener.getsockname()) as far,
+    ):
+        near, _ = listener.accept()
+        with contextlib.closing(Channel(near)) as channel:
+            yield channel, far
+
+
+def receive(channel: Channel) -> list[heartbeat.Message]:
+    for _ in range(200):
+        if messages := channel.receive():
+            return messages
+        time.sleep(0.005)
+    raise AssertionError("nothing came")
+
+
+def test_whole_lines_only(pair: tuple[Channel, socket.socket]) -> None:
+    channel, far = pair
+    far.sendall(b'{"beat"')
+    time.sleep(0.05)
+    assert channel.receive() == []
+    far.sendall(b':1}\n{"beat":2}\n{"be')
+    assert receive(channel) == [{"beat": 1}, {"beat": 2}]
+    far.sendall(b'at":3}\n')
+    far.close()
+    assert receive(channel) == [{"beat": 3}]
+    with pytest.raises(ChannelClosed):
+        receive(channel)
+
+
+@pytest.mark.parametrize("line", [b"no\n", b"[]\n", b"1\n", b"\xff\n", b"[" * 50000 + b"\n", b"x" * 70000])
+def test_garbage_is_an_error(pair: tuple[Channel, socket.socket], line: bytes) -> None:
+    channel, far = pair
+    far.sendall(line)
+    with pytest.raises(ValueError, match="line"):
+        receive(channel)
+
+
+def test_silence_is_measured(pair: tuple[Channel, socket.socket]) -> None:
+    channel, far = pair
+    time.sleep(0.2)
+    assert channel.silent_seconds >= 0.2
+    far.sendall(b"{}\n")
+    receive(channel)
+    assert channel.silent_seconds < 0.2
+
+
+def test_reader_that_stops_reading_is_closed_not_waited_for(pair: tuple[Channel, socket.socket]) -> None:
+    channel, _ = pair
+    began = time.monotonic()
+
+    def fill() -> None:
+        for _ in range(1000):
+            channel.send({"fill": "x" * 60000})
+
+    with pytest.raises(ChannelClosed, match="does not read"):
+        fill()
+    assert time.monotonic() - began < 5
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        {},
+        {"hello": 1},
+        {"hello": 2, "token": "t", "node": "n"},
+        {"hello": 1, "token": 5, "node": "n"},
+        {"hello": 1, "token": "wrong", "node": "n"},
+        {"hello": 1, "token": "t", "node": None},
+    ],
+)
+def test_greeting_without_the_token_is_refused(message: heartbeat.Message) -> None:
+    with pytest.raises(ValueError, match=r"token|greeting"):
+        heartbeat.greeted_by(message, "t")
+
+
+def test_greeting_names_the_node() -> None:
+    assert heartbeat.greeted_by(heartbeat.greeting("t", "vasp-02"), "t") == "vasp-02"
+
+
+def test_signals_wake_the_loop() -> None:
+    with contextlib.closing(heartbeat.Signals(signal.SIGUSR1)) as signals:
+        assert signals.receive() == set()
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert signals.receive() == {signal.SIGUSR1}

@@ -1,0 +1,315 @@
+"""Plans: what a tier's job is told, and the memory arithmetic behind it."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gleaner import plan
+from gleaner import site as site_model
+from tests.unit import sites
+
+ROOT = Path(__file__).resolve().parents[2]
+GIB = 2**30
+
+
+def recorded(inventory: str, name: str) -> dict[str, Any]:
+    value: dict[str, Any] = json.loads((ROOT / f"inventories/{inventory}/models/{name}.json").read_text())
+    return value
+
+
+BEHEMOTH = recorded("beefcake2", "or1-behemoth-72b-q4_k_m")
+CODER = recorded("beefcake2", "strand-rust-coder-14b-q8_0")
+GEMMA = recorded("lab", "gemma-3-270m-q4_k_m")
+
+
+def site_with(**models: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A site of one router tier on vasp-02 with these models, and their headers."""
+    value = sites.site()
+    value["models"] = [sites.model(name) for name in models]
+    value["tiers"] = value["tiers"][:1]
+    return value, dict(models)
+
+
+@pytest.mark.parametrize(
+    ("type_k", "type_v", "gib"),
+    [("f16", "f16", 40.0), ("q8_0", "q8_0", 21.25), ("q4_0", "q4_0", 11.25), ("q4_0", "f16", 25.625)],
+)
+def test_kv_of_the_72b_at_131072_is_what_was_measured(type_k: str, type_v: str, gib: float) -> None:
+    got = plan.kv_bytes(BEHEMOTH, context_tokens=131072, type_k=type_k, type_v=type_v)
+    assert got == gib * GIB
+
+
+def test_kv_context_is_padded_to_256_for_each_slot() -> None:
+    assert plan.kv_bytes(CODER, context_tokens=1) == plan.kv_bytes(CODER, context_tokens=256)
+    assert plan.kv_bytes(CODER, context_tokens=257, parallel=3) == 3 * plan.kv_bytes(
+        CODER, context_tokens=512
+    )
+
+
+def test_a_sliding_window_bounds_the_cells_of_its_layers() -> None:
+    # Of Gemma's 18 layers every sixth sees everything; the others 512 + a micro-batch of 512 tokens.
+    row = 2 * 256 * 2
+    assert plan.windowed_layers(GEMMA).count(False) == 3
+    assert plan.kv_bytes(GEMMA, context_tokens=8192) == row * (3 * 8192 + 15 * 1024)
+
+
+def test_an_unknown_window_pattern_plans_the_whole_context() -> None:
+    unknown = sites.facts(architecture="novel", sliding_window=512)
+    assert plan.kv_bytes(unknown, context_tokens=8192) == plan.kv_bytes(sites.facts(), context_tokens=8192)
+
+
+def test_kv_heads_may_differ_by_layer() -> None:
+    uneven = sites.facts(n_head_kv=[4, 2, 1, 1])
+    assert plan.kv_bytes(uneven, context_tokens=512) == plan.kv_bytes(sites.facts(), context_tokens=512)
+
+
+def test_unknown_kv_type_is_named() -> None:
+    with pytest.raises(ValueError, match=r"kv_cache\.v = 'q5_1'"):
+        plan.kv_bytes(CODER, context_tokens=512, type_v="q5_1")
+
+
+@given(st.integers(1, 2**17), st.integers(1, 2**17), st.sampled_from(["f16", "q8_0", "q4_0"]))
+@settings(deadline=None)
+def test_more_context_never_takes_less_memory(first: int, second: int, kind: str) -> None:
+    low, high = sorted((first, second))
+    for facts in (CODER, GEMMA, BEHEMOTH):
+        assert plan.kv_bytes(facts, context_tokens=low, type_k=kind) <= plan.kv_bytes(
+            facts, context_tokens=high, type_k=kind
+        )
+        for flash in (False, True):
+            small, large = (
+                plan.compute_bytes(
+                    facts, context_tokens=n, ubatch_tokens=512, flash_attention=flash, cuda=True
+                )
+                for n in (low, high)
+            )
+            assert small <= large
+
+
+def test_flash_attention_spares_the_scores() -> None:
+    off, on = (
+        plan.compute_bytes(
+            BEHEMOTH, context_tokens=131072, ubatch_tokens=512, flash_attention=flash, cuda=False
+        )
+        for flash in (False, True)
+    )
+    # The scores alone: 4 bytes, 512 tokens, 131072 cells, 64 heads and the mask.
+    assert off > 4 * 512 * 131072 * 65
+    assert on < off / 20
+
+
+def test_plan_of_a_router_tier() -> None:
+    got = plan.plan_tier(sites.site(), "fast", sites.headers())
+    assert got["slurm"] == {
+        "partition": "gpu_ai",
+        "qos": "ai_opportunistic",
+        "account": "ai",
+        "node_count": 1,
+        "nodes": ["vasp-02"],
+        "exclude": ["vasp-01", "vasp-03"],
+        "gpus_per_node": 1,
+        "cpus_per_node": 8,
+        "mem_mib": got["slurm"]["mem_mib"],
+        "signal_seconds": 25,
+    }
+    assert got["nodes"] == {
+        "vasp-02": {"address": "10.0.0.12", "rpc_address": "10.0.1.12", "numa_node": 1, "role": "router"}
+    }
+    assert got["engine"] == {"prefix": "/cluster/shared/ai/llama.cpp/0.5.0-cuda"}
+    assert got["models"] == ["small", "other"]
+    assert (got["v"], got["cluster"], got["tier"], got["kind"]) == (1, "test", "fast", "router")
+    assert (got["job_name"], got["priority"]) == ("llama-14b", 10)
+    assert (got["drain_seconds"], got["load_timeout_seconds"]) == (5, 600)
+
+
+def options(args: list[str]) -> dict[str, str]:
+    """``--flag value`` pairs of an argument list; a flag without a value has ''."""
+    found: dict[str, str] = {}
+    for word, after in zip(args, [*args[1:], "--"]):
+        if word.startswith("--"):
+            found[word] = "" if after.startswith("--") else after
+    return found
+
+
+def test_router_arguments() -> None:
+    value = sites.site()
+    value["tiers"][0].update(parallel=2, server_args=["--verbosity", "4"], threads=12)
+    got = plan.plan_tier(value, "fast", sites.headers())["server"]
+    assert got["node_port"] == 8080
+    flags = options(got["args"])
+    assert flags["--models-dir"] == "/scratch/ai/models"
+    assert flags["--models-max"] == "2"
+    assert (flags["--ctx-size"], flags["--parallel"]) == ("8192", "2")
+    assert (flags["--flash-attn"], flags["--fit"], flags["--gpu-layers"]) == ("off", "off", "999")
+    assert (flags["--load-mode"], flags["--cache-ram"], flags["--timeout"]) == ("mlock", "0", "600")
+    assert flags["--threads"] == "12"
+    assert got["args"][-2:] == ["--verbosity", "4"]
+    assert not {"--host", "--port", "--mlock", "--no-mmap"} & set(flags)
+    assert all(isinstance(word, str) for word in got["args"])
+
+
+def test_cpu_tier_locks_all_its_weights_and_offloads_nothing() -> None:
+    value = sites.site()
+    value["llama_cpp"]["backend"] = "cpu"
+    flags = options(plan.plan_tier(value, "fast", sites.headers())["server"]["args"])
+    assert "--no-repack" in flags
+    assert "--gpu-layers" not in flags
+
+
+def test_cpu_host_memory_is_the_sum_of_its_parts() -> None:
+    value, headers = site_with(a=sites.facts(), b=sites.facts(), c=sites.facts())
+    value["llama_cpp"]["backend"] = "cpu"
+    value["tiers"][0]["prompt_cache_mib"] = 100
+    got = plan.plan_tier(value, "fast", headers)
+    (row,) = got["memory"]
+    # Two of three at a time, 38 MiB of weights each; K and V of 2 heads of 32 in f16, 4096 cells, 4 layers.
+    assert row["weights"] == 2 * 38
+    assert row["kv"] == 2 * 4
+    # The router, and each process's own share and prompt cache.
+    assert row["other"] == 512 + 2 * (512 + 100)
+    assert (
+        row["total"] == row["weights"] + row["kv"] + row["compute"] + row["other"] == got["slurm"]["mem_mib"]
+    )
+    assert row["headroom"] == row["limit"] - row["total"]
+    assert (row["device"], row["limit"], row["verdict"]) == ("vasp-02 host", 384000, "fits")
+
+
+def test_a_sliding_window_costs_host_memory_for_checkpoints() -> None:
+    value, headers = site_with(gemma=GEMMA)
+    value["llama_cpp"]["backend"] = "cpu"
+    (row,) = plan.plan_tier(value, "fast", headers)["memory"]
+    checkpoints = 32 * 15 * 1024 * (2 * 256 * 2) / 2**20
+    assert row["other"] == 512 + 512 + checkpoints
+
+
+def test_memory_mib_overrides_the_planned_memory_with_a_warning_when_it_is_less() -> None:
+    value = sites.site()
+    value["tiers"][0]["memory_mib"] = 1000
+    got = plan.plan_tier(value, "fast", sites.headers())
+    assert got["slurm"]["mem_mib"] == 1000
+    assert any("memory_mib 1000 is less than the" in warning for warning in got["warnings"])
+
+
+def test_two_14b_do_not_fit_32_gib_and_what_fits_is_named() -> None:
+    value, headers = site_with(first=CODER, second=CODER)
+    value["tiers"][0]["context_tokens"] = 16384
+    (problem,) = plan.problems(value, headers)
+    assert problem.variable == "tiers[0].models_max"
+    assert "first" in problem.got
+    assert "second" in problem.got
+    assert problem.wanted == "at most 32768 MiB, the GPU of vasp-02"
+    assert problem.cure.startswith("models_max: 1")
+    value["tiers"][0]["models_max"] = 1
+    assert plan.problems(value, headers) == []
+
+
+def test_a_model_that_does_not_fit_alone_is_refused() -> None:
+    value, headers = site_with(behemoth=BEHEMOTH, small=sites.facts())
+    (problem,) = plan.problems(value, headers)
+    assert problem.variable == "tiers[0].context_tokens"
+    assert "behemoth needs" in problem.got
+    with pytest.raises(ValueError, match="behemoth needs"):
+        plan.plan_tier(value, "fast", headers)
+
+
+def test_more_host_memory_than_the_node_has_is_refused() -> None:
+    value = sites.site()
+    value["nodes"]["vasp-02"]["memory_mib"] = 2000
+    (problem,) = plan.problems(value, sites.headers())
+    assert (problem.variable, problem.wanted) == (
+        "tiers[0].models_max",
+        "at most 2000 MiB, the memory_mib of vasp-02",
+    )
+
+
+def test_a_router_tier_without_models_is_refused() -> None:
+    value, headers = site_with()
+    assert [problem.variable for problem in plan.problems(value, headers)] == ["models"]
+
+
+def test_layer_split_plan_names_roles_and_says_that_it_is_not_served() -> None:
+    got = plan.plan_tier(sites.site(), "reasoning", sites.headers())
+    assert {name: node["role"] for name, node in got["nodes"].items()} == {
+        "vasp-01": "head",
+        "vasp-02": "worker",
+        "vasp-03": "worker",
+    }
+    assert got["rpc_port"] == 50052
+    assert got["slurm"]["node_count"] == 3
+    assert got["server"]["args"] == []
+    assert got["slurm"]["mem_mib"] is None
+    assert any(warning.startswith("not served yet") for warning in got["warnings"])
+
+
+def test_tiers_that_share_a_gpu_are_warned_of() -> None:
+    for tier in ("fast", "reasoning"):
+        (warning,) = (
+            text
+            for text in plan.plan_tier(sites.site(), tier, sites.headers())["warnings"]
+            if "competes" in text
+        )
+        assert "vasp-02" in warning
+        assert "vasp-01" not in warning
+        assert "reasoning has the higher priority" in warning
+
+
+def test_tiers_with_a_gpu_each_do_not_compete() -> None:
+    value = sites.site()
+    value["nodes"]["vasp-02"]["gpus"] *= 2
+    warnings = plan.plan_tier(value, "fast", sites.headers())["warnings"]
+    assert not [text for text in warnings if "competes" in text]
+
+
+def test_doubts_about_a_model_are_warnings() -> None:
+    value, headers = site_with(odd=sites.facts(architecture="novel", context_length=1024))
+    warnings = plan.plan_tier(value, "fast", headers)["warnings"]
+    assert any("do not describe architecture novel" in text for text in warnings)
+    assert any("more than the 1024" in text for text in warnings)
+
+
+def test_plan_is_json_in_a_fixed_order() -> None:
+    value, headers = sites.site(), sites.headers()
+    before = copy.deepcopy((value, headers))
+    first, second = (json.dumps(plan.plan_tier(value, "fast", headers)) for _ in range(2))
+    assert first == second
+    assert (value, headers) == before
+
+
+def test_unknown_tier_and_bad_site_are_errors() -> None:
+    with pytest.raises(ValueError, match="tier = 'slow'; wanted one of fast, reasoning"):
+        plan.plan_tier(sites.site(), "slow", sites.headers())
+    value = sites.site()
+    value["models"][0]["sha256"] = ""
+    with pytest.raises(ValueError, match=r"models\[0\]\.sha256"):
+        plan.plan_tier(value, "fast", sites.headers())
+    assert plan.problems(value, sites.headers()) == site_model.problems(value, sites.headers())
+
+
+def test_table_has_a_row_for_each_device_and_every_warning() -> None:
+    plans = [plan.plan_tier(sites.site(), tier, sites.headers()) for tier in ("fast", "reasoning")]
+    title, heads, rule, *rows = plan.table(plans).splitlines()
+    assert title == "Memory of each tier, in MiB"
+    assert re.split(r"  +", heads) == [
+        *("tier", "device", "weights", "kv", "compute", "other", "total", "limit"),
+        *("head-room", "--mem", "verdict"),
+    ]
+    warnings = [f"warning: {item['tier']}: {text}" for item in plans for text in item["warnings"]]
+    assert rows[-len(warnings) :] == warnings
+    cells = [re.split(r"  +", row) for row in rows[: -len(warnings)]]
+    assert [row[:2] for row in cells] == [
+        ["fast", "vasp-02 gpu0"],
+        ["fast", "vasp-02 host"],
+        ["reasoning", "all its GPUs together"],
+    ]
+    assert [row[-1] for row in cells] == ["fits", "fits", "not split yet"]
+    fast = plans[0]["memory"][0]
+    assert cells[0][2:9] == [str(fast[name]) for name in plan.COLUMNS]
+    assert set(rule) == {"-", " "}

@@ -1,0 +1,319 @@
+"""What `gleaner.site` finds wrong in an inventory, and that it finds it all without ever raising."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gleaner import site as site_model
+from tests.unit import sites
+
+MISSING = object()
+
+
+def spoil(path: tuple[Any, ...], value: object) -> dict[str, Any]:
+    """A good site with one place changed; MISSING takes the key away."""
+    spoiled = sites.site()
+    place: Any = spoiled
+    for step in path[:-1]:
+        place = place[step]
+    if value is MISSING:
+        del place[path[-1]]
+    else:
+        place[path[-1]] = value
+    return spoiled
+
+
+FAST, REASONING = ("tiers", 0), ("tiers", 1)
+VASP_02 = ("nodes", "vasp-02")
+SOURCE = ("llama_cpp", "source")
+
+# Where the site is spoiled, with what; the variable named, words of what is wanted, words of the cure.
+TABLE: list[tuple[tuple[Any, ...], object, str, str, str]] = [
+    ((*FAST, "kind"), "rooter", "tiers[0].kind", "router or layer_split", "did you mean router"),
+    ((*FAST, "kind"), MISSING, "tiers[0].kind", "router or layer_split", "set tiers[0].kind"),
+    ((*FAST, "name"), "Fast Tier", "tiers[0].name", "lower-case", "fast"),
+    ((*FAST, "name"), "reasoning", "tiers[1].name", "a name of its own", "rename"),
+    ((*FAST, "job_name"), "llama_14b", "tiers[0].job_name", "lower-case letters, digits and -", "llama-14b"),
+    ((*FAST, "job_name"), "llama-72b", "tiers[1].job_name", "a job name of its own (tiers[0]", "rename"),
+    ((*FAST, "job_name"), "x;rm", "tiers[0].job_name", "lower-case", "llama-14b"),
+    ((*FAST, "gateway_port"), 8081, "tiers[1].gateway_port", "a port of its own (tiers[0]", "rename"),
+    ((*FAST, "gateway_port"), 50052, "tiers[0].gateway_port", "the RPC workers", "8080"),
+    ((*FAST, "gateway_port"), 6817, "tiers[0].gateway_port", "slurmctld", "8080"),
+    ((*FAST, "gateway_port"), 80, "tiers[0].gateway_port", "from 1024 to 65535", "8080"),
+    ((*FAST, "gateway_port"), 70000, "tiers[0].gateway_port", "from 1024 to 65535", "8080"),
+    ((*FAST, "gateway_port"), "8080", "tiers[0].gateway_port", "whole number", "8080"),
+    ((*FAST, "gateway_port"), True, "tiers[0].gateway_port", "whole number", "8080"),
+    ((*FAST, "priority"), MISSING, "tiers[0].priority", "whole number", "10"),
+    ((*FAST, "context_tokens"), 0, "tiers[0].context_tokens", "from 1", "16384"),
+    ((*FAST, "context_tokens"), MISSING, "tiers[0].context_tokens", "from 1", "16384"),
+    ((*FAST, "context_tokens"), 4096.5, "tiers[0].context_tokens", "whole number", "16384"),
+    ((*FAST, "models_max"), 0, "tiers[0].models_max", "from 1 to 64", "2"),
+    ((*FAST, "nodes"), [], "tiers[0].nodes", "at least one node", "nodes:"),
+    ((*FAST, "nodes"), "vasp-02", "tiers[0].nodes", "a list", "nodes:"),
+    (
+        (*FAST, "nodes"),
+        ["vasp-02", "vasp-2"],
+        "tiers[0].nodes[1]",
+        "vasp-01, vasp-02",
+        "did you mean vasp-02",
+    ),
+    ((*FAST, "nodes"), ["vasp-02", {"a": 1}], "tiers[0].nodes[1]", "slurm_nodes", "add the host"),
+    ((*FAST, "nodes"), ["vasp-02", "vasp-02"], "tiers[0].nodes[1]", "each node once", "remove one"),
+    ((*FAST, "head"), "vasp-01", "tiers[0].head", "layer_split has it", "remove it"),
+    ((*FAST, "context_token"), 1, "tiers[0].context_token", "one of name", "did you mean context_tokens"),
+    ((*FAST, "cpus"), 41, "tiers[0].cpus", "at most 40, the cpus of vasp-02", "hostvars[vasp-02].cpus"),
+    ((*FAST, "memory_mib"), 384001, "tiers[0].memory_mib", "at most 384000", "lower it"),
+    ((*FAST, "gpus_per_node"), 2, "tiers[0].gpus_per_node", "at most 1, the GPUs that vasp-02", "gpus"),
+    ((*FAST, "models"), ["smal"], "tiers[0].models[0]", "large, other, small", "did you mean small"),
+    ((*FAST, "models"), [], "tiers[0].models", "at least one model", "leave it out"),
+    ((*FAST, "server_args"), ["--port", "1"], "tiers[0].server_args[0]", "the plan does not set", "own key"),
+    ((*FAST, "server_args"), ["-c"], "tiers[0].server_args[0]", "the plan does not set", "own key"),
+    ((*FAST, "server_args"), [5], "tiers[0].server_args[0]", "one argument as text", "quote it"),
+    ((*FAST, "server_args"), "--verbosity 4", "tiers[0].server_args", "a list", "dash"),
+    ((*FAST, "drain_seconds"), 21, "tiers[0].drain_seconds", "at most 20", "shorter"),
+    ((*FAST, "ubatch_tokens"), 4096, "tiers[0].ubatch_tokens", "at most batch_tokens (2048)", "lower it"),
+    ((*FAST, "kv_cache"), {"k": "q5_1"}, "tiers[0].kv_cache.k", "f16 or q8_0 or q4_0", "set tiers[0]"),
+    (
+        (*FAST, "kv_cache"),
+        {"v": "q8_0"},
+        "tiers[0].kv_cache.v",
+        "without it",
+        "llama_cpp_flash_attention: true",
+    ),
+    ((*FAST, "kv_cache"), "q8_0", "tiers[0].kv_cache", "a dictionary", "key: value"),
+    (("tiers",), MISSING, "tiers", "a list", "dash"),
+    (("tiers", 0), "fast", "tiers[0]", "a dictionary", "key: value"),
+    ((*REASONING, "head"), MISSING, "tiers[1].head", "slurm_nodes", "add the host"),
+    ((*REASONING, "head"), "slurm-ctl", "tiers[1].head", "slurm_nodes", "add the host"),
+    ((*REASONING, "workers"), MISSING, "tiers[1].workers", "a list", "workers:"),
+    ((*REASONING, "workers"), [], "tiers[1].workers", "at least one worker", "kind router"),
+    ((*REASONING, "workers"), ["vasp-01"], "tiers[1].workers[0]", "each node once (tiers[1].head", "remove"),
+    ((*REASONING, "model"), MISSING, "tiers[1].model", "a model of `models`", "add the model"),
+    ((*REASONING, "model"), "larg", "tiers[1].model", "a model of `models`", "did you mean large"),
+    ((*REASONING, "nodes"), ["vasp-01"], "tiers[1].nodes", "router has it", "kind: router"),
+    (("models",), {}, "models", "a list", "dash"),
+    (("models", 0, "name"), "a/b", "models[0].name", "without a path", "<name>.gguf"),
+    (("models", 0, "name"), "..", "models[0].name", "without a path", "<name>.gguf"),
+    (("models", 0, "name"), "small.gguf", "models[0].name", "without .gguf", "name: small"),
+    (("models", 0, "name"), "mmproj-small", "models[0].name", "companion", "rename"),
+    (("models", 0, "name"), "small-00001-of-00002", "models[0].name", "one file", "--merge"),
+    (("models", 1, "name"), "small", "models[1].name", "a name of its own (models[0]", "rename"),
+    (("models", 0, "source"), "http://a/b.gguf", "models[0].source", "https://… or file:///…", "URL"),
+    (("models", 0, "source"), "/srv/b.gguf", "models[0].source", "https://… or file:///…", "URL"),
+    (("models", 0, "source"), "file://srv/b.gguf", "models[0].source", "file:///…", "URL"),
+    (("models", 0, "source"), 'https://a/"b', "models[0].source", "without spaces or quotes", "URL"),
+    (("models", 0, "source"), MISSING, "models[0].source", "https://… or file:///…", "URL"),
+    (("models", 0, "sha256"), "abc", "models[0].sha256", "64 lower-case hexadecimal", "sha256sum"),
+    (("models", 0, "sha256"), sites.SHA256.upper(), "models[0].sha256", "64 lower-case", "sha256sum"),
+    (("models", 0, "sha256"), MISSING, "models[0].sha256", "64 lower-case", "sha256sum"),
+    (("models", 0, "header"), MISSING, "models[0].header", "header facts", "gleaner gguf inspect small.gguf"),
+    (("models", 0, "header"), "../small.json", "models[0].header", "relative", "gleaner gguf inspect"),
+    (("models", 0, "header"), "/small.json", "models[0].header", "relative", "gleaner gguf inspect"),
+    (("models", 0, "name"), "unread", "models[0].header", "the file was not read", "gleaner gguf inspect"),
+    (
+        ("models", 0, "size_bytes"),
+        5,
+        "models[0].size_bytes",
+        f"{40 * 2**20}, as in models/small.json",
+        "inspect",
+    ),
+    (("models", 0, "sha265"), "x", "models[0].sha265", "one of name", "did you mean sha256"),
+    (("nodes",), {}, "groups['slurm_nodes']", "at least one host", "slurm_nodes"),
+    (("nodes", "a,b"), sites.node(14), "groups['slurm_nodes']", "host names", "rename"),
+    ((*VASP_02, "gpus"), [], "tiers[0].gpus_per_node", "at most 0", "hostvars[vasp-02].gpus"),
+    ((*VASP_02, "gpus"), MISSING, "hostvars[vasp-02].gpus", "a list", "v100s"),
+    ((*VASP_02, "gpus"), [{"model": "v100s"}], "hostvars[vasp-02].gpus[0].memory_mib", "whole", "32768"),
+    ((*VASP_02, "gpus"), ["v100s"], "hostvars[vasp-02].gpus[0]", "a dictionary", "key: value"),
+    ((*VASP_02, "memory_mib"), MISSING, "hostvars[vasp-02].memory_mib", "whole number", "384000"),
+    ((*VASP_02, "cpus"), MISSING, "hostvars[vasp-02].cpus", "whole number", "40"),
+    ((*VASP_02, "cpus"), -1, "hostvars[vasp-02].cpus", "from 1", "40"),
+    ((*VASP_02, "rpc_address"), "vasp-02-ib", "hostvars[vasp-02].rpc_address", "an IPv4", "not a host name"),
+    (
+        (*VASP_02, "cluster_address"),
+        "10.0.0.11",
+        "hostvars[vasp-02].cluster_address",
+        "of its own",
+        "correct",
+    ),
+    ((*VASP_02, "cluster_address"), "10.0.0.999", "hostvars[vasp-02].cluster_address", "an IPv4", "address"),
+    (("llama_cpp", "backend"), "rocm", "llama_cpp_backend", "cpu or cuda", "set llama_cpp_backend"),
+    (("llama_cpp", "version"), "../0.5", "llama_cpp_version", "a folder's name", "version"),
+    (("llama_cpp", "version"), None, "llama_cpp_version", "a folder's name", "version"),
+    (("llama_cpp", "flash_attention"), "no", "llama_cpp_flash_attention", "true or false", "false"),
+    (("llama_cpp", "cuda_architectures"), [], "llama_cpp_cuda_architectures", "at least one", "70-real"),
+    (("llama_cpp", "cuda_architectures"), ["sm_70"], "llama_cpp_cuda_architectures[0]", "70-real", "V100"),
+    (SOURCE, None, "llama_cpp_source", "url, sha256 and subdirectory", "fill it in"),
+    ((*SOURCE, "url"), "ftp://x", "llama_cpp_source.url", "https://", "URL"),
+    ((*SOURCE, "sha256"), "0", "llama_cpp_source.sha256", "64 lower-case", "the archive"),
+    ((*SOURCE, "subdirectory"), "../x", "llama_cpp_source.subdirectory", "relative path", "folder"),
+    (("slurm", "ai_qos"), "AI", "slurm_ai_qos", "lower-case name", "ai_opportunistic"),
+    (("slurm", "ai_account"), MISSING, "slurm_ai_account", "lower-case name", "ai"),
+    (("slurm", "ai_partition"), "a b", "slurm_ai_partition", "partition", "gpu_ai"),
+    (("slurm", "grace_seconds"), 5, "slurm_grace_seconds", "from 11", "30"),
+    (("cluster_name",), "Beefcake 2", "cluster_name", "lower-case", "beefcake2"),
+    (("controller",), "other", "groups['slurm_controller']", "exactly the host other", "slurm_controller"),
+    (("controller",), None, "controller", "inventory name", "slurm-ctl"),
+    (("service_user",), "root", "service_user", "an ordinary user", "never run models as root"),
+    (("shared_dir",), "cluster/shared", "shared_dir", "an absolute path", "/cluster/shared"),
+    (("shared_dir",), "/cluster/../etc", "shared_dir", "an absolute path", "/cluster/shared"),
+]
+
+
+def test_good_site_has_no_problems() -> None:
+    assert site_model.problems(sites.site(), sites.headers()) == []
+
+
+@pytest.mark.parametrize(("path", "value", "variable", "wanted", "cure"), TABLE)
+def test_problem_names_variable_value_and_cure(
+    path: tuple[Any, ...], value: object, variable: str, wanted: str, cure: str
+) -> None:
+    found = site_model.problems(spoil(path, value), sites.headers())
+    named = [problem for problem in found if problem.variable == variable]
+    assert named, [str(problem) for problem in found]
+    assert any(wanted in problem.wanted and cure in problem.cure for problem in named), str(named)
+
+
+@pytest.mark.parametrize(("path", "value", "variable"), [row[:3] for row in TABLE])
+def test_text_holds_the_value_got(path: tuple[Any, ...], value: object, variable: str) -> None:
+    found = site_model.problems(spoil(path, value), sites.headers())
+    named = next(problem for problem in found if problem.variable == variable)
+    assert str(named).startswith(f"{variable} = {named.got}; wanted ")
+    if value is MISSING or value is None:
+        assert any(problem.got == "undefined" for problem in found)
+    elif isinstance(value, (str, int)) and named.variable.endswith(str(path[-1])):
+        assert named.got == repr(value)
+
+
+def test_all_problems_are_found_in_one_go() -> None:
+    spoiled = sites.site()
+    spoiled["tiers"][0]["kind"] = "rooter"
+    spoiled["models"][0]["sha256"] = "no"
+    del spoiled["nodes"]["vasp-03"]["rpc_address"]
+    spoiled["llama_cpp"]["backend"] = None
+    named = {problem.variable for problem in site_model.problems(spoiled, sites.headers())}
+    assert named == {
+        "tiers[0].kind",
+        "models[0].sha256",
+        "hostvars[vasp-03].rpc_address",
+        "llama_cpp_backend",
+    }
+
+
+@pytest.mark.parametrize(
+    ("facts", "words"),
+    [
+        ("No such file or directory", "No such file"),
+        (sites.facts(v=2), "version is 2"),
+        (sites.facts(n_layers=0), "n_layers is 0"),
+        (sites.facts(n_head_kv=[1, 2]), "n_head_kv is [1, 2]"),
+        (sites.facts(n_embd="128"), "n_embd is '128'"),
+        (sites.facts(tensor_bytes={}), "tensor_bytes lacks total"),
+        (sites.facts(split={"count": 2, "no": 0}), "split GGUF"),
+    ],
+)
+def test_bad_header_facts_name_the_model(facts: Any, words: str) -> None:
+    headers = {**sites.headers(), "small": facts}
+    (problem,) = site_model.problems(sites.site(), headers)
+    assert problem.variable == "models[0].header"
+    assert words in problem.wanted
+
+
+GARBAGE = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.binary(max_size=4),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.text(max_size=8) | st.integers() | st.none(), inner, max_size=3)
+    ),
+    max_leaves=6,
+)
+
+
+def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    steps = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    found = [path] if path else []
+    for step, inner in steps:
+        found += places(inner, (*path, step))
+    return found
+
+
+@given(st.data())
+@settings(max_examples=200, deadline=None)
+def test_garbage_anywhere_is_a_list_of_problems(data: st.DataObject) -> None:
+    spoiled = spoil(data.draw(st.sampled_from(places(sites.site()))), data.draw(GARBAGE))
+    found = site_model.problems(spoiled, sites.headers())
+    if not found:
+        site_model.read(spoiled, sites.headers())
+    for problem in found:
+        assert all((problem.variable, problem.got, problem.wanted, problem.cure))
+
+
+@given(GARBAGE, st.dictionaries(st.text(max_size=5), GARBAGE, max_size=2))
+@settings(max_examples=100, deadline=None)
+def test_garbage_for_a_site_is_a_list_of_problems(value: Any, headers: Any) -> None:
+    assert site_model.problems(value, headers)
+    site_model.read_headers(value)
+
+
+@pytest.mark.parametrize("path", [("cluster_name",), (*FAST, "cpus"), (*FAST, 10**5000), ("nodes", 10**5000)])
+def test_a_number_too_long_to_print_is_a_problem(path: tuple[Any, ...]) -> None:
+    found = site_model.problems(spoil(path, 10**5000), sites.headers())
+    assert any("too long to print" in str(problem) for problem in found)
+
+
+def test_problems_leave_the_site_as_it_was() -> None:
+    value = sites.site()
+    before = copy.deepcopy(value)
+    site_model.problems(value, sites.headers())
+    assert value == before
+
+
+def test_read_raises_with_every_problem() -> None:
+    spoiled = spoil(("models", 0, "sha256"), "no")
+    spoiled["shared_dir"] = "x"
+    with pytest.raises(ValueError, match=r"(?s)shared_dir.*models\[0\]\.sha256"):
+        site_model.read(spoiled, sites.headers())
+
+
+def test_headers_are_read_beside_the_inventory(tmp_path: Path) -> None:
+    value = {**sites.site(), "inventory_dir": str(tmp_path)}
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models/small.json").write_text(json.dumps(sites.facts()))
+    (tmp_path / "models/other.json").write_text("{")
+    headers = site_model.read_headers(value)
+    assert headers["small"] == sites.facts()
+    assert "not JSON" in str(headers["other"])
+    assert headers["large"] == "No such file or directory"
+
+
+def test_a_router_serves_what_no_layer_split_tier_names() -> None:
+    whole = site_model.read(sites.site(), sites.headers())
+    assert [model.name for model in whole.models_of(whole.tiers["fast"])] == ["small", "other"]
+    assert [model.name for model in whole.models_of(whole.tiers["reasoning"])] == ["large"]
+
+
+def test_each_node_holds_the_models_of_its_tiers() -> None:
+    held = {
+        node: [model["name"] for model in site_model.node_models(sites.site(), sites.headers(), node)]
+        for node in sites.site()["nodes"]
+    }
+    assert held == {"vasp-01": ["large"], "vasp-02": ["small", "other"], "vasp-03": []}
+
+
+def test_docs_have_every_key_of_a_tier_with_its_default() -> None:
+    text = (Path(__file__).resolve().parents[2] / "docs/inventory.md").read_text()
+    table = text.partition("| key of `tiers[]` |")[2]
+    rows = dict(re.findall(r"^\| `(\w+)`[^|]*\| ([^|]*?) ?\|", table, flags=re.MULTILINE))
+    numbers = {
+        field.name: str(field.default) if type(field.default) is int else ""
+        for field in dataclasses.fields(site_model.Tier)
+    }
+    assert rows == numbers

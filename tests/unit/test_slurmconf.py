@@ -1,0 +1,139 @@
+"""The slurm.conf keys that preemption needs, by version, and what an existing cluster lacks."""
+
+from __future__ import annotations
+
+import pytest
+
+from gleaner import slurmconf
+
+# As `scontrol show config` of 24.11.5 prints it, cut to what matters here.
+CONFIG = """\
+Configuration data as of 2026-11-24T01:00:00
+AccountingStorageEnforce = associations,limits,qos
+ClusterName             = test
+GresTypes               = gpu
+JobRequeue              = 1
+PreemptMode             = REQUEUE
+PreemptParameters       = (null)
+PreemptType             = preempt/qos
+SelectType              = select/cons_tres
+SelectTypeParameters    = CR_CORE_MEMORY
+SlurmctldParameters     = enable_configless
+
+Slurmctld(primary) at slurm-ctl is UP
+"""
+
+
+def config(**changes: str) -> str:
+    lines = CONFIG.splitlines()
+    for key, value in changes.items():
+        lines = [f"{key:<23} = {value}" if line.split(" ")[0] == key else line for line in lines]
+    return "\n".join(lines)
+
+
+@pytest.mark.parametrize(
+    ("text", "version"),
+    [
+        ("slurm-wlm 24.11.5", "24.11.5"),
+        ("slurm 22.05.8\n", "22.05.8"),
+        ("24.11.5-4+deb13u1", "24.11.5"),
+        ("1:23.02.7-1", "23.02.7"),
+        ("25.11.0-0rc1", "25.11.0"),
+    ],
+)
+def test_version_of(text: str, version: str) -> None:
+    assert slurmconf.version_of(text) == version
+
+
+@pytest.mark.parametrize("text", ["", "slurm", "2411", "24.11", "124.11.5"])
+def test_text_without_a_version_is_named(text: str) -> None:
+    with pytest.raises(ValueError, match="holds no Slurm version"):
+        slurmconf.version_of(text)
+
+
+@pytest.mark.parametrize(
+    ("version", "key", "value"),
+    [
+        ("22.05.8", "SlurmctldParameters", "preempt_send_user_signal"),
+        ("23.02.0", "PreemptParameters", "send_user_signal"),
+        ("24.11.5", "PreemptParameters", "send_user_signal"),
+    ],
+)
+def test_signal_key_is_the_one_that_the_version_knows(version: str, key: str, value: str) -> None:
+    settings = slurmconf.preemption_settings(version)
+    assert settings == {"PreemptType": "preempt/qos", "PreemptMode": "REQUEUE", key: value}
+
+
+def test_only_the_signal_is_lacking() -> None:
+    assert slurmconf.policy_gap(CONFIG, "24.11.5") == ["PreemptParameters=send_user_signal"]
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        "send_user_signal",
+        "youngest_first,send_user_signal",
+        "send_user_signal, strict_order",
+        "SEND_USER_SIGNAL",
+    ],
+)
+def test_nothing_is_lacking_when_the_option_is_in_the_list(parameters: str) -> None:
+    assert slurmconf.policy_gap(config(PreemptParameters=parameters), "24.11.5") == []
+
+
+def test_options_that_are_there_are_kept() -> None:
+    live = config(PreemptParameters="youngest_first,reorder_count=3")
+    assert slurmconf.policy_gap(live, "24.11.5") == [
+        "PreemptParameters=youngest_first,reorder_count=3,send_user_signal"
+    ]
+
+
+def test_a_longer_option_is_not_the_option() -> None:
+    live = config(PreemptParameters="no_send_user_signal")
+    assert slurmconf.policy_gap(live, "24.11.5") == ["PreemptParameters=no_send_user_signal,send_user_signal"]
+
+
+def test_the_old_spelling_counts_in_new_versions() -> None:
+    live = config(SlurmctldParameters="enable_configless,preempt_send_user_signal")
+    assert slurmconf.policy_gap(live, "24.11.5") == []
+
+
+def test_an_old_version_gets_the_old_key() -> None:
+    assert slurmconf.policy_gap(CONFIG, "22.05.8") == [
+        "SlurmctldParameters=enable_configless,preempt_send_user_signal"
+    ]
+
+
+def test_gang_scheduling_beside_requeue_is_fine() -> None:
+    live = config(PreemptMode="GANG,REQUEUE", PreemptParameters="send_user_signal")
+    assert slurmconf.policy_gap(live, "24.11.5") == []
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "line"),
+    [
+        ("PreemptType", "preempt/none", "PreemptType=preempt/qos"),
+        ("PreemptMode", "OFF", "PreemptMode=REQUEUE"),
+        ("PreemptMode", "CANCEL", "PreemptMode=REQUEUE"),
+        ("SelectType", "select/linear", "SelectType=select/cons_tres"),
+        ("SelectTypeParameters", "CR_CORE", "SelectTypeParameters=CR_Core_Memory"),
+        ("GresTypes", "(null)", "GresTypes=gpu"),
+        ("GresTypes", "mps", "GresTypes=mps,gpu"),
+        ("AccountingStorageEnforce", "none", "AccountingStorageEnforce=qos"),
+        (
+            "AccountingStorageEnforce",
+            "associations,limits",
+            "AccountingStorageEnforce=associations,limits,qos",
+        ),
+        ("JobRequeue", "0", "JobRequeue=1"),
+    ],
+)
+def test_each_lack_is_one_exact_line(key: str, value: str, line: str) -> None:
+    live = config(PreemptParameters="send_user_signal", **{key: value})
+    assert slurmconf.policy_gap(live, "24.11.5") == [line]
+
+
+@pytest.mark.parametrize("text", ["", "slurm_load_ctl_conf error: Unable to contact slurm controller"])
+def test_anything_else_than_the_configuration_is_an_error(text: str) -> None:
+    with pytest.raises(ValueError, match="not the output of `scontrol show config`"):
+        slurmconf.policy_gap(text, "24.11.5")

@@ -1,0 +1,355 @@
+"""The router tier's life, with real processes, sockets and signals."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gleaner import record, supervisor
+from gleaner.states import Exit
+from tests.unit.fakes import Home, alive, home, job_text, wait_for
+
+TIER = "fast"
+SOURCE = Path(supervisor.__file__).parent.parent
+
+
+@pytest.fixture
+def place() -> Iterator[Home]:
+    with home() as made:
+        yield made
+
+
+def plan(place: Home, **more: Any) -> Path:
+    value = {
+        "v": 1,
+        "cluster": "test",
+        "tier": TIER,
+        "kind": "router",
+        "job_name": "llama-14b",
+        "slurm": {"cpus_per_node": 2, "signal_seconds": 25},
+        "engine": {"prefix": str(place.engine.parent)},
+        "nodes": {"vasp-02": {"address": "127.0.0.1", "rpc_address": "127.0.0.1", "numa_node": None}},
+        "server": {"node_port": place.port, "args": ["--models-max", "2"], "environment": {"EXTRA": "yes"}},
+        "models": ["one", "two"],
+        "drain_seconds": 3,
+        "load_timeout_seconds": 20,
+        **more,
+    }
+    path = place.plans / f"{TIER}.json"
+    place.set(path, json.dumps(value))
+    return path
+
+
+def supervise(place: Home, **more: Any) -> subprocess.Popen[str]:
+    return place.start(
+        "supervise",
+        "--plan",
+        str(plan(place, **more)),
+        SLURM_JOB_ID="41",
+        SLURM_JOB_NODELIST="vasp-02",
+        SLURM_RESTART_COUNT="1",
+        SLURMD_NODENAME="vasp-02",
+    )
+
+
+def served(place: Home) -> record.Record | None:
+    reading = record.read(place.registry, TIER)
+    return reading if isinstance(reading, record.Record) else None
+
+
+def healthy(place: Home) -> bool:
+    with urllib.request.urlopen(f"http://127.0.0.1:{place.port}/health", timeout=2) as answer:
+        return bool(answer.status == 200)
+
+
+def nothing_left(place: Home) -> bool:
+    child = int((place.server / "child").read_text())
+    return not alive(child) and not any(alive(start["pid"]) for start in place.started)
+
+
+def test_serves_and_beats(place: Home) -> None:
+    child = supervise(place)
+    first = wait_for(lambda: served(place))
+    assert (first.job, first.restart, first.host, first.port) == (41, 1, "vasp-02", place.port)
+    assert first.models == ("one", "two")
+    assert healthy(place)
+    wait_for(lambda: (served(place) or first).seq > first.seq + 1)
+    start = place.started[0]
+    assert start["argv"][1:] == ["--models-max", "2", "--host", "127.0.0.1", "--port", str(place.port)]
+    assert start["environment"]["EXTRA"] == "yes"
+    assert start["environment"]["GGML_NO_BACKTRACE"] == "1"
+    assert not [name for name in start["environment"] if name.startswith("GLEANER_")]
+    assert "/health" in (place.root / "ai" / "logs" / "41" / "router.log").read_text()
+    assert child.poll() is None
+
+
+def test_no_record_while_loading(place: Home) -> None:
+    place.set(place.server / "loading")
+    supervise(place)
+    wait_for(lambda: place.started)
+    time.sleep(1.0)
+    assert served(place) is None
+    (place.server / "loading").unlink()
+    wait_for(lambda: served(place))
+
+
+def test_load_timeout_fails_the_job(place: Home) -> None:
+    place.set(place.server / "loading")
+    child = supervise(place, load_timeout_seconds=1)
+    assert child.wait(15) == Exit.LOAD_TIMEOUT
+    assert "load_timeout_seconds=1" in place.log("supervise")
+    assert nothing_left(place)
+
+
+def test_server_killed_is_withdrawn_and_restarted(place: Home) -> None:
+    child = supervise(place)
+    wait_for(lambda: served(place))
+    place.set(place.server / "loading")
+    os.kill(place.started[0]["pid"], signal.SIGKILL)
+    wait_for(lambda: served(place) is None, 1.0)
+    old_child = int((place.server / "child").read_text())
+    wait_for(lambda: len(place.started) == 2)
+    assert not alive(old_child), "a router's child outlived its router"
+    (place.server / "loading").unlink()
+    wait_for(lambda: served(place))
+    assert child.poll() is None
+
+
+def test_frozen_server_is_killed_and_restarted(place: Home) -> None:
+    supervise(place)
+    wait_for(lambda: served(place))
+    os.kill(place.started[0]["pid"], signal.SIGSTOP)
+    wait_for(lambda: len(place.started) == 2)
+    wait_for(lambda: served(place))
+    assert not alive(place.started[0]["pid"])
+
+
+def test_server_that_keeps_dying_fails_the_job(
+    place: Home, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    place.set(place.server / "dies")
+    for name, value in place.environment(PYTHONPATH=str(SOURCE), SLURMD_NODENAME="vasp-02").items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(supervisor, "RESTART_PAUSES", (0.1, 0.2, 0.3))
+    where = supervisor.JobEnvironment(job=41, restart=1, node="vasp-02", nodes=("vasp-02",))
+    one = supervisor.Supervisor(supervisor.Plan.load(plan(place)), where, place.registry, place.root)
+    with contextlib.closing(one.signals):
+        assert one.run() == Exit.SERVER_FAILED
+    assert len(place.started) == 4
+    told = capfd.readouterr().err
+    assert "starting it again in 0.2 s" in told
+    assert "server ended with 7; 4 times" in told
+
+
+def test_preempted_idle_yields_at_once(place: Home) -> None:
+    child = supervise(place)
+    wait_for(lambda: served(place))
+    place.set(place.slurm / "job", job_text(preempted="2026-11-24T01:10:00"))
+    began = time.monotonic()
+    os.kill(child.pid, signal.SIGTERM)
+    wait_for(lambda: served(place) is None, 1.0)
+    assert child.wait(10) == Exit.STOPPED
+    assert time.monotonic() - began < 2.0
+    assert place.calls_of("scontrol requeue") == ["scontrol requeue 41"]
+    assert nothing_left(place)
+
+
+def test_preempted_busy_drains_first(place: Home) -> None:
+    child = supervise(place)
+    wait_for(lambda: served(place))
+    place.set(place.server / "busy")
+    place.set(place.slurm / "job", job_text(preempted="2026-11-24T01:10:00"))
+    os.kill(child.pid, signal.SIGTERM)
+    wait_for(lambda: served(place) is None, 1.0)
+    time.sleep(1.0)
+    assert healthy(place), "the stream in flight was cut"
+    (place.server / "busy").unlink()
+    began = time.monotonic()
+    assert child.wait(10) == Exit.STOPPED
+    assert time.monotonic() - began < 1.5
+    assert len(place.calls_of("scontrol requeue")) == 1
+
+
+def test_drain_ends_with_its_budget(place: Home) -> None:
+    child = supervise(place, drain_seconds=1)
+    wait_for(lambda: served(place))
+    for name in ("busy", "ignores-term"):
+        place.set(place.server / name)
+    place.set(place.slurm / "job", job_text(preempted="2026-11-24T01:10:00"))
+    began = time.monotonic()
+    os.kill(child.pid, signal.SIGTERM)
+    assert child.wait(10) == Exit.STOPPED
+    assert 1.0 < time.monotonic() - began < 2.0, "more than a second beyond the budget"
+    assert nothing_left(place)
+
+
+def test_cancelled_never_requeues_nor_drains(place: Home) -> None:
+    child = supervise(place)
+    wait_for(lambda: served(place))
+    place.set(place.server / "busy")
+    place.set(place.slurm / "job", job_text(state="COMPLETING"))
+    began = time.monotonic()
+    os.kill(child.pid, signal.SIGTERM)
+    assert child.wait(10) == Exit.STOPPED
+    assert time.monotonic() - began < 2.0
+    assert not place.calls_of("scontrol requeue")
+    assert "cancelled" in place.log("supervise")
+
+
+def test_cancelled_while_draining_wins(place: Home) -> None:
+    child = supervise(place, drain_seconds=20)
+    wait_for(lambda: served(place))
+    place.set(place.server / "busy")
+    place.set(place.slurm / "job", job_text(preempted="2026-11-24T01:10:00"))
+    os.kill(child.pid, signal.SIGTERM)
+    wait_for(lambda: "preempted" in place.log("supervise"))
+    place.set(place.slurm / "job", job_text(state="COMPLETING"))
+    os.kill(child.pid, signal.SIGTERM)
+    assert child.wait(5) == Exit.STOPPED
+    assert not place.calls_of("scontrol requeue")
+
+
+def test_time_limit_stops_without_requeue(place: Home) -> None:
+    child = supervise(place)
+    wait_for(lambda: served(place))
+    place.set(place.slurm / "job", job_text(ran="23:59:10", limit="1-00:00:00"))
+    os.kill(child.pid, signal.SIGTERM)
+    assert child.wait(10) == Exit.STOPPED
+    assert not place.calls_of("scontrol requeue")
+    assert "time limit" in place.log("supervise")
+
+
+def test_silent_slurm_yields_as_if_preempted(place: Home) -> None:
+    child = supervise(place)
+    wait_for(lambda: served(place))
+    place.set(place.slurm / "scontrol.fails", "Unable to contact slurm controller")
+    os.kill(child.pid, signal.SIGTERM)
+    assert child.wait(10) == Exit.STOPPED
+    assert len(place.calls_of("scontrol requeue")) == 1
+    assert "unanswered" in place.log("supervise")
+
+
+def test_signal_to_the_agent_alone_is_asked_about_too(place: Home) -> None:
+    child = supervise(place)
+    wait_for(lambda: served(place))
+    agent = wait_for(lambda: agents_of(place))[0]
+    place.set(place.slurm / "job", job_text(preempted="2026-11-24T01:10:00"))
+    os.kill(agent, signal.SIGTERM)
+    assert child.wait(10) == Exit.STOPPED
+    assert len(place.calls_of("scontrol requeue")) == 1
+
+
+def test_supervisor_killed_leaves_nothing(place: Home) -> None:
+    child = supervise(place)
+    wait_for(lambda: served(place))
+    os.kill(child.pid, signal.SIGKILL)
+    wait_for(lambda: nothing_left(place), 3.0)
+    wait_for(lambda: not agents_of(place), 3.0)
+
+
+def test_agent_killed_takes_the_tier_down(place: Home) -> None:
+    child = supervise(place)
+    wait_for(lambda: served(place))
+    os.kill(agents_of(place)[0], signal.SIGKILL)
+    assert child.wait(10) == Exit.AGENT_LOST
+    assert served(place) is None
+    assert not alive(place.started[0]["pid"])
+
+
+def test_frozen_agent_takes_the_tier_down(place: Home) -> None:
+    child = supervise(place)
+    wait_for(lambda: served(place))
+    agent = agents_of(place)[0]
+    os.kill(agent, signal.SIGSTOP)
+    began = time.monotonic()
+    assert child.wait(20) == Exit.AGENT_LOST
+    assert 4.0 < time.monotonic() - began < 10.0
+    assert served(place) is None
+
+
+def test_missing_program_is_refused_by_name(place: Home) -> None:
+    (place.engine / "llama-server").unlink()
+    child = supervise(place)
+    assert child.wait(15) == Exit.START_FAILED
+    assert "llama-server" in place.log("supervise")
+
+
+def test_stranger_on_the_heartbeat_port_changes_nothing(place: Home) -> None:
+    child = supervise(place)
+    wait_for(lambda: served(place))
+    port = heartbeat_port(child.pid)
+    for line in (b'{"hello":1,"token":"guess","node":"vasp-02"}\n', b"\xff" * 5000, b"[]\n"):
+        with socket.create_connection(("127.0.0.1", port), 2) as stranger:
+            stranger.sendall(line)
+            stranger.settimeout(5)
+            with contextlib.suppress(ConnectionResetError):
+                assert stranger.recv(100) == b""
+    assert served(place)
+    assert child.poll() is None
+
+
+def test_registry_gone_does_not_stop_the_server(place: Home) -> None:
+    child = supervise(place)
+    wait_for(lambda: served(place))
+    place.registry.rename(place.registry.with_name("away"))
+    wait_for(lambda: "cannot be written" in place.log("supervise"))
+    assert healthy(place)
+    assert child.poll() is None
+    place.registry.with_name("away").rename(place.registry)
+    wait_for(lambda: "written again" in place.log("supervise"))
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"kind": "layer_split"}, "kind: got 'layer_split'"),
+        ({"v": 2}, "v: got 2, want 1"),
+        ({"server": {}}, "not a plan of this version"),
+        (
+            {"nodes": {"vasp-09": {"address": "127.0.0.1", "numa_node": None}}},
+            "SLURM_JOB_NODELIST: got vasp-02",
+        ),
+    ],
+)
+def test_wrong_plan_is_refused(place: Home, change: dict[str, Any], told: str) -> None:
+    assert supervise(place, **change).wait(10) == Exit.REFUSED
+    assert told in place.log("supervise")
+
+
+def test_outside_a_job_is_refused(place: Home) -> None:
+    assert place.start("supervise", "--plan", str(plan(place))).wait(10) == Exit.REFUSED
+    assert "SLURM_JOB_ID" in place.log("supervise")
+
+
+def agents_of(place: Home) -> list[int]:
+    found = []
+    for entry in os.scandir("/proc"):
+        if entry.name.isdigit() and alive(int(entry.name)):
+            try:
+                words = Path(entry.path, "cmdline").read_bytes().split(b"\0")
+            except OSError:
+                continue
+            if str(place.pyz).encode() in words and b"agent" in words:
+                found.append(int(entry.name))
+    return found
+
+
+def heartbeat_port(pid: int) -> int:
+    """The port on which this process listens, from /proc."""
+    inodes = {os.readlink(entry.path) for entry in os.scandir(f"/proc/{pid}/fd")}
+    for line in Path("/proc/net/tcp").read_text().splitlines()[1:]:
+        cells = line.split()
+        if cells[3] == "0A" and f"socket:[{cells[9]}]" in inodes:
+            return int(cells[1].partition(":")[2], 16)
+    raise AssertionError("no listening port")
