@@ -82,6 +82,12 @@ def slurm_policy_gap(show_config: str, version: str) -> list[str]:
     return slurmconf.policy_gap(str(show_config), str(version))
 
 
+def slurm_accounting_policy(
+    ai: Mapping[str, Any], paying: Mapping[str, Any], grace_seconds: int
+) -> dict[str, list[dict[str, Any]]]:
+    return slurmconf.accounting_policy(_plain(ai), _plain(paying), int(grace_seconds))
+
+
 class FilterModule:
     def filters(self) -> dict[str, Any]:
         return {
@@ -90,6 +96,7 @@ class FilterModule:
             "site_nodes": site_nodes,
             "site_plans": site_plans,
             "site_problems": site_problems,
+            "slurm_accounting_policy": slurm_accounting_policy,
             "slurm_policy_gap": slurm_policy_gap,
             "slurm_preemption_settings": slurm_preemption_settings,
             "slurm_version_of": slurm_version_of,

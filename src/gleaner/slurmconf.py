@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from typing import Any
 
 # Since 23.02 the preempt_* options of other keys live in PreemptParameters, without their prefix; the old
 # spelling still counts. In 22.05 PreemptParameters is a parse error.
@@ -96,3 +97,34 @@ def policy_gap(show_config: str, version: str) -> list[str]:
     if live.get("JobRequeue", "1") in ("0", "no"):
         lines.append("JobRequeue=1")
     return lines
+
+
+def accounting_policy(
+    ai: Mapping[str, Any], paying: Mapping[str, Any], grace_seconds: int
+) -> dict[str, list[dict[str, Any]]]:
+    """QoS, accounts and users by which paying jobs take the GPUs back.
+
+    ``ai`` has ``qos``, ``account`` and ``user``; ``paying`` has ``qos`` (a list, the first is the default of the
+    account), ``account`` and ``users``. QoS priority alone preempts nothing: each paying QoS names whom it preempts,
+    and is the default of its account, because Slurm looks at the job's QoS and users forget ``--qos``.
+    """
+    return {
+        "qos": [
+            {
+                "name": ai["qos"],
+                "priority": 100,
+                "grace_time_seconds": grace_seconds,
+                "preempt_mode": "requeue",
+            },
+            *({"name": qos, "priority": 1000, "preempt": [ai["qos"]]} for qos in paying["qos"]),
+        ],
+        "accounts": [
+            {"name": ai["account"], "qos": [ai["qos"]], "default_qos": ai["qos"]},
+            {"name": paying["account"], "qos": list(paying["qos"]), "default_qos": paying["qos"][0]},
+        ],
+        "users": [
+            {"name": user, "accounts": [account], "default_account": account}
+            for account, users in ((ai["account"], [ai["user"]]), (paying["account"], paying["users"]))
+            for user in users
+        ],
+    }
