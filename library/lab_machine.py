@@ -124,6 +124,7 @@ class Machine:
         self.process.start(
             [
                 self.params["boot_program"],
+                self.process.unit,
                 "systemd-nspawn",
                 "--boot",
                 f"--directory={self.root}",
@@ -174,6 +175,10 @@ class Machine:
                 run("umount", str(remains))
             if remains.is_dir():
                 remains.rmdir()
+        # lab-boot made these where no systemd did; an emptied tree goes from its leaves.
+        for hierarchy in (Path("/sys/fs/cgroup"), *Path("/sys/fs/cgroup").glob("*/")):
+            for folder, _, _ in os.walk(hierarchy / self.process.unit, topdown=False):
+                os.rmdir(folder)
         if os.path.ismount(self.root):
             run("umount", "--lazy", str(self.root))
 
