@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
 from gleaner import plan, site, slurmconf
 
-_NODE_VARIABLES = ("cluster_address", "rpc_address", "cpus", "memory_mib", "gpus")
+_NODE_VARIABLES = ("cluster_address", "rpc_address", "cpus", "memory_mib", "gpus", "sockets", "threads_per_core")
 
 
 def _plain(value: Any) -> Any:
