@@ -58,8 +58,7 @@ class Progress:
 def log_lines(text: str) -> list[str]:
     """Return the lines of a log that have something on them; programs also start over with a bare return."""
     printable = (
-        re.sub(r"\x1b\[[0-9;?]*[A-Za-z]|[\x00-\x08\x0b-\x1f\x7f]", "", line)
-        for line in re.split(r"[\r\n]+", text)
+        re.sub(r"\x1b\[[0-9;?]*[A-Za-z]|[\x00-\x08\x0b-\x1f\x7f]", "", line) for line in re.split(r"[\r\n]+", text)
     )
     return [line.rstrip() for line in printable if line.strip()]
 
@@ -158,25 +157,19 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible-core ships no t
             raise AnsibleActionFail(
                 f"progress_regex: {args['progress_regex']!r} is no regular expression: {error}. Correct it."
             ) from None
-        result: dict[str, Any] = self._execute_module(
-            module_name="long_command", module_args=args, task_vars=task_vars
-        )
+        result: dict[str, Any] = self._execute_module(module_name="long_command", module_args=args, task_vars=task_vars)
         follow = result.pop("follow", False)
         if result.get("changed") and not result.get("failed"):
             result["diff"] = {"prepared": self._command_text(follow)}
         if follow:
-            result.update(
-                self._follow(str(args["name"]), result, regex, (task_vars or {})["inventory_hostname"])
-            )
+            result.update(self._follow(str(args["name"]), result, regex, (task_vars or {})["inventory_hostname"]))
         self._remove_tmp_path(self._connection._shell.tmpdir)
         return result
 
     def _command_text(self, follow: bool) -> str:
         args = self._task.args
         command = shlex.join(str(word) for word in args["argv"])
-        where = "".join(
-            f" {word} {args[key]}" for word, key in (("in", "chdir"), ("as", "user")) if args.get(key)
-        )
+        where = "".join(f" {word} {args[key]}" for word, key in (("in", "chdir"), ("as", "user")) if args.get(key))
         return f"+ {'run' if follow else 'would run'}{where}: {command}\n"
 
     def _follow(

@@ -21,7 +21,7 @@ description:
   - Whatever a killed lab left behind (mounts, veths, namespaces, orphaned processes) is cleared first.
 options:
   name: {description: Host name inside the lab., type: str, required: true}
-  machine: {description: Name that is unique on this machine. Also names the network namespace., type: str, required: true}
+  machine: {description: Name unique on this machine and of the network namespace., type: str, required: true}
   directory: {description: Folder of this host (disk, record of its process, log)., type: path, required: true}
   image: {description: Folder of the base image., type: path, default: /}
   interfaces:
@@ -43,7 +43,7 @@ options:
       path: {description: Absolute path in the host., type: str, required: true}
       content: {description: Text., type: str, required: true}
       mode: {description: Octal mode., type: str, default: "0644"}
-  binds: {description: "Folders of the machine to show in the host, C(source:target) each.", type: list, elements: str, default: []}
+  binds: {description: "Folders to show in the host, C(source:target) each.", type: list, elements: str, default: []}
   read_only_binds: {description: The same, read only., type: list, elements: str, default: []}
   boot_program: {description: Program that boots the host and stays with it., type: path, default: /}
   state:

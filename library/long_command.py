@@ -247,9 +247,7 @@ def start(params: Mapping[str, Any], mark: str, environment: Mapping[str, str], 
     try:
         with open(handle, "w", encoding="utf-8") as file:
             file.writelines(environment_line(key, value) for key, value in environment.items())
-        done = subprocess.run(
-            start_command(params, mark, Path(path), log), capture_output=True, text=True, check=False
-        )
+        done = subprocess.run(start_command(params, mark, Path(path), log), capture_output=True, text=True, check=False)
     finally:
         os.unlink(path)
     # A unit that could not become its user or enter its folder is there, and its result says so.

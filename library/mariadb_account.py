@@ -74,9 +74,7 @@ class State:
     privileges: bool = False
 
     def as_text(self) -> str:
-        return "".join(
-            f"{name}: {'as declared' if value else 'to be made'}\n" for name, value in vars(self).items()
-        )
+        return "".join(f"{name}: {'as declared' if value else 'to be made'}\n" for name, value in vars(self).items())
 
 
 AS_DECLARED = State(database=True, account=True, password=True, privileges=True)
@@ -199,8 +197,7 @@ def live_state(database: str, user: str, password: str) -> State:
         return State(database=bool(databases))
     grants = as_root(f"SHOW GRANTS FOR {account_name(user)}")
     enough = tuple(
-        f"GRANT ALL PRIVILEGES ON {name}.* TO "
-        for name in (grant_pattern(database), identifier(database), "*")
+        f"GRANT ALL PRIVILEGES ON {name}.* TO " for name in (grant_pattern(database), identifier(database), "*")
     )
     return State(
         database=bool(databases),
@@ -222,9 +219,7 @@ def main() -> None:
     wanted = (module.params["database"], module.params["user"], module.params["password"])
     result: dict[str, Any] = {}
     if not wanted[2]:
-        module.fail_json(
-            msg=f"password: account {wanted[1]} needs one, got an empty text. Set its vault_* variable."
-        )
+        module.fail_json(msg=f"password: account {wanted[1]} needs one, got an empty text. Set its vault_* variable.")
     try:
         try:
             state = live_state(*wanted)

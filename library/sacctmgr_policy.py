@@ -303,9 +303,7 @@ def in_order(dependencies: Mapping[str, Iterable[str]], what: str) -> list[str]:
     try:
         order = list(TopologicalSorter(dependencies).static_order())
     except CycleError as error:
-        raise ValueError(
-            f"{what}: {' -> '.join(error.args[1])} is a circle. Take one of them out."
-        ) from error
+        raise ValueError(f"{what}: {' -> '.join(error.args[1])} is a circle. Take one of them out.") from error
     return [name for name in order if name in dependencies]
 
 
@@ -424,9 +422,7 @@ def sacctmgr(*arguments: str) -> str:
             "The program sacctmgr is not on this host. Install the package slurm-client first."
         ) from error
     except subprocess.TimeoutExpired as error:
-        raise SlurmdbdUnreachableError(
-            f"sacctmgr got no answer from slurmdbd within {SACCTMGR_SECONDS} s."
-        ) from error
+        raise SlurmdbdUnreachableError(f"sacctmgr got no answer from slurmdbd within {SACCTMGR_SECONDS} s.") from error
     if done.returncode != 0:
         words = f"{done.stderr}\n{done.stdout}"
         kind = SlurmdbdUnreachableError if UNREACHABLE.search(words) else SacctmgrError

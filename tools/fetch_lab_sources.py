@@ -328,9 +328,7 @@ def fetch(output: Path, sources: Iterable[Source] = SOURCES) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", type=Path, help="directory that gets the files")
     args = parser.parse_args(argv)
     try:
@@ -339,9 +337,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"fetch_lab_sources: {error}", file=sys.stderr)
         return 1
     except subprocess.CalledProcessError as error:
-        print(
-            f"fetch_lab_sources: pip failed with {error.returncode}; its own words are above", file=sys.stderr
-        )
+        print(f"fetch_lab_sources: pip failed with {error.returncode}; its own words are above", file=sys.stderr)
         return 1
     for source in SOURCES:
         say(f"{source.sha256}  {(args.output / source.name).stat().st_size:>11}  {source.name}")

@@ -68,9 +68,7 @@ def cpulist(text: str) -> set[int]:
     return cpus
 
 
-def binding(
-    numa_node: int | None, allowed: set[int], sysfs: Path = Path("/sys/devices/system/node")
-) -> list[str]:
+def binding(numa_node: int | None, allowed: set[int], sysfs: Path = Path("/sys/devices/system/node")) -> list[str]:
     """The numactl prefix that binds memory to the node and keeps to the allowed cores of that node.
 
     ValueError when the inventory names a node that the machine does not have.
@@ -83,8 +81,7 @@ def binding(
     except FileNotFoundError:
         have = sorted(path.name[4:] for path in sysfs.glob("node[0-9]*"))
         raise ValueError(
-            f"gpus[].numa_node: got {numa_node}, this machine has {', '.join(have) or 'none'}: "
-            "correct the inventory"
+            f"gpus[].numa_node: got {numa_node}, this machine has {', '.join(have) or 'none'}: correct the inventory"
         ) from None
     if shutil.which("numactl") is None:
         raise ValueError("numactl is not installed: run playbooks/tiers.yml")

@@ -19,9 +19,7 @@ COMMANDS = {
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="gleaner", description="Language models on a Slurm cluster's idle GPUs."
-    )
+    parser = argparse.ArgumentParser(prog="gleaner", description="Language models on a Slurm cluster's idle GPUs.")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     chosen = next((word for word in argv if not word.startswith("-")), None)
     for name, (module_name, summary) in COMMANDS.items():

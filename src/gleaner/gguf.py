@@ -309,9 +309,7 @@ class _NoDowngrade(urllib.request.HTTPRedirectHandler):
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
-def _fetch_range(
-    opener: urllib.request.OpenerDirector, url: str, start: int, count: int
-) -> tuple[bytes, int]:
+def _fetch_range(opener: urllib.request.OpenerDirector, url: str, start: int, count: int) -> tuple[bytes, int]:
     """``count`` bytes of the URL from ``start`` (fewer at its end), and the whole size it reports."""
     request = urllib.request.Request(url, headers={"Range": f"bytes={start}-{start + count - 1}"})
     try:
@@ -499,15 +497,11 @@ def facts_fault(facts: object) -> str | None:
         return f"n_layers is {layers}; wanted 1 to {MAX_LAYERS}"
 
     def wholes(value: object) -> bool:
-        return (
-            isinstance(value, (list, tuple)) and len(value) == layers and all(whole(item) for item in value)
-        )
+        return isinstance(value, (list, tuple)) and len(value) == layers and all(whole(item) for item in value)
 
     for key in ("n_ff", "n_head", "n_head_kv"):
         if not (whole(facts.get(key)) or wholes(facts.get(key))):
-            return (
-                f"{key} is {facts.get(key)!r}; wanted a whole number, or one for each of the {layers} layers"
-            )
+            return f"{key} is {facts.get(key)!r}; wanted a whole number, or one for each of the {layers} layers"
     if not isinstance(facts.get("architecture"), str) or not facts["architecture"]:
         return f"architecture is {facts.get('architecture')!r}; wanted a name"
     if facts.get("sliding_window") is not None and not whole(facts["sliding_window"]):
@@ -521,14 +515,10 @@ def facts_fault(facts: object) -> str | None:
     if not isinstance(facts.get("tied_output"), bool):
         return f"tied_output is {facts.get('tied_output')!r}; wanted true or false"
     split = facts.get("split")
-    if split is not None and not (
-        isinstance(split, Mapping) and whole(split.get("count")) and whole(split.get("no"))
-    ):
+    if split is not None and not (isinstance(split, Mapping) and whole(split.get("count")) and whole(split.get("no"))):
         return f"split is {split!r}; wanted null or count and no"
     sizes = facts.get("tensor_bytes")
-    if not isinstance(sizes, Mapping) or not all(
-        whole(sizes.get(key)) for key in ("total", "token_embd", "output")
-    ):
+    if not isinstance(sizes, Mapping) or not all(whole(sizes.get(key)) for key in ("total", "token_embd", "output")):
         return "tensor_bytes lacks total, token_embd or output"
     if not wholes(sizes.get("per_layer")):
         return f"tensor_bytes.per_layer does not hold one size for each of the {layers} layers"
@@ -548,8 +538,7 @@ def check_file(path: Path, facts: Mapping[str, Any] | None = None) -> dict[str, 
         end = header.data_start + tensor.offset + tensor.size
         if end > header.size_bytes:
             raise ValueError(
-                f"{path}: tensor {tensor.name!r} ends at byte {end}; the file has {header.size_bytes}: "
-                "it is truncated"
+                f"{path}: tensor {tensor.name!r} ends at byte {end}; the file has {header.size_bytes}: it is truncated"
             )
     try:
         found = facts_of(header)

@@ -50,14 +50,11 @@ class Config:
                 poll_seconds=float(value["poll_seconds"]),
                 state=Path(value["state"]),
                 tiers=tuple(
-                    TierConfig(str(tier["tier"]), str(tier["job_name"]), str(tier["script"]))
-                    for tier in value["tiers"]
+                    TierConfig(str(tier["tier"]), str(tier["job_name"]), str(tier["script"])) for tier in value["tiers"]
                 ),
             )
         except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(
-                f"{path}: not a keeper configuration ({error!r}): run playbooks/tiers.yml"
-            ) from None
+            raise ValueError(f"{path}: not a keeper configuration ({error!r}): run playbooks/tiers.yml") from None
 
 
 @dataclass
@@ -153,18 +150,14 @@ class Keeper:
             say("Slurm answers again")
         # The operator's handle writes this file too, so it is read each time.
         self.state = load_state(self.config.state)
-        before = json.dumps(
-            {name: dataclasses.asdict(state) for name, state in self.state.items()}, sort_keys=True
-        )
+        before = json.dumps({name: dataclasses.asdict(state) for name, state in self.state.items()}, sort_keys=True)
         for tier in self.config.tiers:
             state = self.state.setdefault(tier.tier, TierState())
             try:
                 self._keep(tier, state, [job for job in jobs if job.name == tier.job_name])
             except slurm.SlurmError as error:
                 self.changes.say(tier.tier, f"{tier.tier}: {error}")
-        after = json.dumps(
-            {name: dataclasses.asdict(state) for name, state in self.state.items()}, sort_keys=True
-        )
+        after = json.dumps({name: dataclasses.asdict(state) for name, state in self.state.items()}, sort_keys=True)
         if after != before:
             save_state(self.config.state, self.state)
 
@@ -217,9 +210,7 @@ class Keeper:
         if end.cancelled:
             uid = slurm.canceller(job_id)
             if uid is None:
-                self.changes.say(
-                    tier.tier, f"{tier.tier}: job {job_id} was cancelled; asking accounting by whom"
-                )
+                self.changes.say(tier.tier, f"{tier.tier}: job {job_id} was cancelled; asking accounting by whom")
                 return
             if uid != os.getuid():
                 state.held, state.why = True, f"job {job_id} was cancelled by uid {uid}"

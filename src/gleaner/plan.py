@@ -100,9 +100,7 @@ def kv_bytes(
     """
     return parallel * sum(
         cells * row
-        for cells, row in zip(
-            _layer_cells(facts, context_tokens, ubatch_tokens), _kv_row_bytes(facts, type_k, type_v)
-        )
+        for cells, row in zip(_layer_cells(facts, context_tokens, ubatch_tokens), _kv_row_bytes(facts, type_k, type_v))
     )
 
 
@@ -228,8 +226,7 @@ def host_memory_mib(uses: Iterable[Use], tier: Tier, backend: str) -> dict[str, 
         "weights": sum(use.host_weights for use in uses),
         "kv": sum(use.kv for use in uses) if on_host else 0,
         "compute": sum(use.compute for use in uses) if on_host else 0,
-        "other": ROUTER_MIB
-        + sum(CHILD_MIB[backend] + use.checkpoints + tier.prompt_cache_mib for use in uses),
+        "other": ROUTER_MIB + sum(CHILD_MIB[backend] + use.checkpoints + tier.prompt_cache_mib for use in uses),
     }
 
 
@@ -363,9 +360,7 @@ def _plan_router(site: Site, index: int, tier: Tier) -> tuple[dict[str, Any], li
                 "add a model, or name it in the tier's models",
             )
         )
-    uses = sorted(
-        (model_use(model, tier, site.engine) for model in models), key=lambda use: (-use.device, use.model)
-    )
+    uses = sorted((model_use(model, tier, site.engine) for model in models), key=lambda use: (-use.device, use.model))
     heaviest = uses[: tier.models_max]
     host = host_memory_mib(
         sorted(uses, key=lambda use: (-use.host_weights, use.model))[: tier.models_max], tier, backend
@@ -385,9 +380,7 @@ def _plan_router(site: Site, index: int, tier: Tier) -> tuple[dict[str, Any], li
             row = _device_row(f"{name} gpu0", heaviest, limit)
             rows.append(row)
             found += _device_problems(variable, tier, name, uses, limit)
-        row = _row(
-            f"{name} host", host["weights"], host["kv"], host["compute"], host["other"], node.memory_mib
-        )
+        row = _row(f"{name} host", host["weights"], host["kv"], host["compute"], host["other"], node.memory_mib)
         rows.append(row)
         if mem_mib > node.memory_mib:
             found.append(
@@ -462,9 +455,7 @@ def _plan_layer_split(site: Site, tier: Tier) -> tuple[dict[str, Any], list[Prob
     plan["rpc_port"] = site_model.RPC_PORT
     if site.engine.backend == "cuda":
         use = model_use(model, tier, site.engine)
-        limit = sum(
-            gpu.memory_mib for name in tier.all_nodes for gpu in site.nodes[name].gpus[: tier.gpus_per_node]
-        )
+        limit = sum(gpu.memory_mib for name in tier.all_nodes for gpu in site.nodes[name].gpus[: tier.gpus_per_node])
         row = _row("all its GPUs together", use.weights, use.kv, 0, 0, limit)
         row["verdict"] = "not split yet" if row["verdict"] == "fits" else row["verdict"]
         plan["memory"] = [row]
@@ -486,9 +477,7 @@ def plan_tier(site: Mapping[str, Any], tier_name: str, headers: Headers) -> dict
     """
     plan, found = _plan(site_model.read(site, headers), tier_name)
     if found:
-        raise ValueError(
-            f"tier {tier_name} cannot be planned:\n" + "\n".join(str(problem) for problem in found)
-        )
+        raise ValueError(f"tier {tier_name} cannot be planned:\n" + "\n".join(str(problem) for problem in found))
     plain: dict[str, Any] = json.loads(json.dumps(plan))
     return plain
 
@@ -520,13 +509,9 @@ def table(plans: Iterable[Mapping[str, Any]]) -> str:
         mem = plan["slurm"]["mem_mib"]
         for row in plan["memory"]:
             numbers = [str(row[name]) for name in COLUMNS]
-            rows.append(
-                [plan["tier"], row["device"], *numbers, "-" if mem is None else str(mem), row["verdict"]]
-            )
+            rows.append([plan["tier"], row["device"], *numbers, "-" if mem is None else str(mem), row["verdict"]])
         if not plan["memory"]:
-            rows.append(
-                [plan["tier"], "-", *("-" for _ in COLUMNS), "-" if mem is None else str(mem), "not planned"]
-            )
+            rows.append([plan["tier"], "-", *("-" for _ in COLUMNS), "-" if mem is None else str(mem), "not planned"])
         notes += [f"{plan['tier']}: {warning}" for warning in plan["warnings"]]
     widths = [max(len(row[column]) for row in [heads, *rows]) for column in range(len(heads))]
 

@@ -30,9 +30,7 @@ class Probe:
     `status` is the HTTP status or None; `failure` is `refused`, `timeout` or an error text.
     """
 
-    def __init__(
-        self, selector: selectors.BaseSelector, address: str, port: int, path: str, timeout: float
-    ) -> None:
+    def __init__(self, selector: selectors.BaseSelector, address: str, port: int, path: str, timeout: float) -> None:
         self._selector = selector
         self._deadline = time.monotonic() + timeout
         self._request = f"GET {path} HTTP/1.1\r\nHost: {address}:{port}\r\nConnection: close\r\n\r\n".encode()

@@ -59,9 +59,7 @@ def parse(data: bytes) -> Record:
     if len(data) > SIZE_LIMIT:
         raise ValueError(f"record: got {len(data)} bytes, want at most {SIZE_LIMIT}")
     try:
-        value = json.loads(
-            data.decode("utf-8"), object_pairs_hook=_object, parse_constant=_refuse, parse_float=_refuse
-        )
+        value = json.loads(data.decode("utf-8"), object_pairs_hook=_object, parse_constant=_refuse, parse_float=_refuse)
     except RecursionError:
         raise ValueError("record: nested too deeply") from None
     except ValueError as error:

@@ -318,9 +318,7 @@ class _Checker:
                 cure = f"did you mean {near}?" if near else "remove it"
                 self.add(f"{prefix}{_word(key)}", value[key], f"one of {', '.join(allowed)}", cure)
 
-    def text(
-        self, value: object, variable: str, pattern: re.Pattern[str], wanted: str, cure: str
-    ) -> str | None:
+    def text(self, value: object, variable: str, pattern: re.Pattern[str], wanted: str, cure: str) -> str | None:
         if isinstance(value, str) and pattern.fullmatch(value):
             return value
         self.add(variable, value, wanted, cure)
@@ -329,9 +327,7 @@ class _Checker:
     def whole(self, value: object, variable: str, least: int, most: int, example: str) -> int | None:
         if isinstance(value, int) and _whole(value) and least <= value <= most:
             return value
-        self.add(
-            variable, value, f"a whole number from {least} to {most}", f"for example {variable}: {example}"
-        )
+        self.add(variable, value, f"a whole number from {least} to {most}", f"for example {variable}: {example}")
         return None
 
     def choice(self, value: object, variable: str, choices: Sequence[str]) -> str | None:
@@ -392,9 +388,7 @@ def _check_names(check: _Checker, site: Mapping[str, Any]) -> None:
         "for example service_user: ai-inference",
     )
     if user == "root":
-        check.add(
-            "service_user", user, "an ordinary user", "never run models as root: service_user: ai-inference"
-        )
+        check.add("service_user", user, "an ordinary user", "never run models as root: service_user: ai-inference")
     shared = site.get("shared_dir", _MISSING)
     if not (
         isinstance(shared, str)
@@ -437,9 +431,7 @@ def _check_slurm(check: _Checker, value: object) -> int | None:
             "a lower-case name (the accounting database folds case)",
             f"for example slurm_{key}: {example}",
         )
-    return check.whole(
-        slurm.get("grace_seconds", _MISSING), "slurm_grace_seconds", STOP_SECONDS + 1, 3600, "30"
-    )
+    return check.whole(slurm.get("grace_seconds", _MISSING), "slurm_grace_seconds", STOP_SECONDS + 1, 3600, "30")
 
 
 def _check_source_url(check: _Checker, value: object, variable: str) -> None:
@@ -462,9 +454,7 @@ def _check_sha256(check: _Checker, value: object, variable: str, what: str) -> N
 def _check_engine(check: _Checker, value: object) -> tuple[str | None, object]:
     """Checks ``llama_cpp_*`` and returns backend and flash attention."""
     engine = check.mapping(value, "llama_cpp")
-    check.keys(
-        engine, ("version", "backend", "flash_attention", "cuda_architectures", "source"), "llama_cpp."
-    )
+    check.keys(engine, ("version", "backend", "flash_attention", "cuda_architectures", "source"), "llama_cpp.")
     check.text(
         engine.get("version", _MISSING),
         "llama_cpp_version",
@@ -483,9 +473,7 @@ def _check_engine(check: _Checker, value: object) -> tuple[str | None, object]:
         if backend == "cuda" and _sequence(architectures) and not values:
             check.add(variable, architectures, "at least one CUDA architecture", cure)
         for index, item in enumerate(values):
-            check.text(
-                item, f"{variable}[{index}]", _ARCHITECTURE, "a CUDA architecture such as 70-real", cure
-            )
+            check.text(item, f"{variable}[{index}]", _ARCHITECTURE, "a CUDA architecture such as 70-real", cure)
     source = engine.get("source", _MISSING)
     if source is _MISSING or source is None or source == {}:
         check.add(
@@ -618,9 +606,7 @@ def _check_model(check: _Checker, item: object, variable: str, headers: Headers)
     )
     if name is not None:
         if ".gguf" in name:
-            check.add(
-                f"{variable}.name", name, "the stem, without .gguf", f"name: {name.replace('.gguf', '')}"
-            )
+            check.add(f"{variable}.name", name, "the stem, without .gguf", f"name: {name.replace('.gguf', '')}")
         elif "mmproj" in name or name.startswith(("mtp-", "dspark-", "dflash-")):
             check.add(
                 f"{variable}.name",
@@ -644,17 +630,13 @@ def _check_model(check: _Checker, item: object, variable: str, headers: Headers)
     return name
 
 
-def _check_header(
-    check: _Checker, model: Mapping[str, Any], name: str | None, variable: str, headers: Headers
-) -> None:
+def _check_header(check: _Checker, model: Mapping[str, Any], name: str | None, variable: str, headers: Headers) -> None:
     header = model.get("header", _MISSING)
     stem = name or "MODEL"
     cure = f"gleaner gguf inspect {stem}.gguf --output models/{stem}.json, in the inventory's folder"
     path = PurePosixPath(header) if isinstance(header, str) and header else None
     if path is None or path.is_absolute() or ".." in path.parts:
-        check.add(
-            f"{variable}.header", header, "the path of its header facts, relative to the inventory", cure
-        )
+        check.add(f"{variable}.header", header, "the path of its header facts, relative to the inventory", cure)
         return
     facts = headers.get(name) if name is not None else None
     if name is None:
@@ -664,9 +646,7 @@ def _check_header(
         return
     fault = "the file was not read" if facts is None else gguf.facts_fault(facts)
     if fault is not None or facts is None:
-        check.add(
-            f"{variable}.header", header, f"header facts of version {gguf.FACTS_VERSION} ({fault})", cure
-        )
+        check.add(f"{variable}.header", header, f"header facts of version {gguf.FACTS_VERSION} ({fault})", cure)
         return
     if facts.get("split") is not None:
         check.add(
@@ -727,9 +707,7 @@ def _check_tier_nodes(
 ) -> None:
     places: list[tuple[str, object]] = []
     if kind == "router":
-        values = check.items(
-            tier.get("nodes", _MISSING), f"{prefix}.nodes", "nodes: [the hosts this tier may run on]"
-        )
+        values = check.items(tier.get("nodes", _MISSING), f"{prefix}.nodes", "nodes: [the hosts this tier may run on]")
         if not values and _sequence(tier.get("nodes")):
             check.add(f"{prefix}.nodes", [], "at least one node", "nodes: [the hosts this tier may run on]")
         places = [(f"{prefix}.nodes[{index}]", value) for index, value in enumerate(values)]
@@ -758,9 +736,7 @@ def _check_tier_nodes(
         _check_node_holds(check, tier, prefix, name, nodes[name])
 
 
-def _check_node_holds(
-    check: _Checker, tier: Mapping[str, Any], prefix: str, name: str, node: _NodeFacts
-) -> None:
+def _check_node_holds(check: _Checker, tier: Mapping[str, Any], prefix: str, name: str, node: _NodeFacts) -> None:
     gpus = tier.get("gpus_per_node", 1)
     if _whole(gpus) and gpus >= 1 and node.gpus is not None and gpus > node.gpus:
         check.add(

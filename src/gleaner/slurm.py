@@ -219,7 +219,5 @@ def hosts(expression: str) -> list[str]:
         head, ranges, tail = match.groups()
         for item in ranges.split(","):
             first, _, last = item.partition("-")
-            names += [
-                f"{head}{number:0{len(first)}d}{tail}" for number in range(int(first), int(last or first) + 1)
-            ]
+            names += [f"{head}{number:0{len(first)}d}{tail}" for number in range(int(first), int(last or first) + 1)]
     return names

@@ -86,9 +86,7 @@ def policy_gap(show_config: str, version: str) -> list[str]:
         lines.append("SelectTypeParameters=CR_Core_Memory")
     if "cons_tres" not in live.get("SelectType", "").lower():
         lines.append("SelectType=select/cons_tres")
-    lines += _lacking(
-        live, "GresTypes", "gpu", f"GresTypes={','.join([*_options(live.get('GresTypes', '')), 'gpu'])}"
-    )
+    lines += _lacking(live, "GresTypes", "gpu", f"GresTypes={','.join([*_options(live.get('GresTypes', '')), 'gpu'])}")
     # QoS and accounts bind only where associations are enforced; "limits" and "qos" imply "associations".
     enforced = [option.lower() for option in _options(live.get("AccountingStorageEnforce", ""))]
     if "qos" not in enforced:

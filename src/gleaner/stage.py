@@ -241,9 +241,7 @@ def fetch(spec: Spec, model: Model, part: Path) -> str:
                 raise StageError(f"{model.source}: {error}; what came is kept for the next run") from None
         print(f"{model.name} interrupted, resuming ({attempt} of {ATTEMPTS - 1})", flush=True)
         time.sleep(min(2**attempt, 10) / 2)
-    raise StageError(
-        f"{model.source}: no whole answer in {ATTEMPTS} attempts; what came is kept for the next run"
-    )
+    raise StageError(f"{model.source}: no whole answer in {ATTEMPTS} attempts; what came is kept for the next run")
 
 
 def fetch_once(spec: Spec, model: Model, part: Path) -> str:
@@ -342,9 +340,7 @@ def locked(spec: Spec) -> Iterator[None]:
         except OSError as error:
             if error.errno != errno.EWOULDBLOCK:
                 raise
-            raise StageError(
-                f"{spec.directory}: another `gleaner models stage` is at work here: wait for it"
-            ) from None
+            raise StageError(f"{spec.directory}: another `gleaner models stage` is at work here: wait for it") from None
         yield
 
 

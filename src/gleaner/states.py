@@ -128,10 +128,7 @@ def tables() -> str:
         "",
         "| cause | how it is known | drains | requeues itself | the keeper then |",
         "|---|---|---|---|---|",
-        *(
-            f"| {c.value} | {c.meaning} | {_yes(c.drains)} | {_yes(c.requeues)} | {c.afterwards} |"
-            for c in Cause
-        ),
+        *(f"| {c.value} | {c.meaning} | {_yes(c.drains)} | {_yes(c.requeues)} | {c.afterwards} |" for c in Cause),
         "",
         "## Exit codes of the supervisor",
         "",

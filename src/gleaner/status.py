@@ -13,9 +13,7 @@ from gleaner.record import Record
 from gleaner.states import Tier
 
 
-def state_of(
-    jobs: list[slurm.Job] | None, reading: record.Reading, routed: bool, kept: keeper.TierState
-) -> Tier:
+def state_of(jobs: list[slurm.Job] | None, reading: record.Reading, routed: bool, kept: keeper.TierState) -> Tier:
     """One word for what is known of a tier."""
     if jobs is None:
         return Tier.UNKNOWN

@@ -74,9 +74,7 @@ class Plan:
         except ValueError as error:
             raise PlanError(str(error)) from None
         except (KeyError, TypeError, AttributeError) as error:
-            raise PlanError(
-                f"{path}: not a plan of this version ({error!r}): run playbooks/tiers.yml"
-            ) from None
+            raise PlanError(f"{path}: not a plan of this version ({error!r}): run playbooks/tiers.yml") from None
 
     @classmethod
     def _from(cls, value: dict[str, Any]) -> Plan:
@@ -191,9 +189,7 @@ class Supervisor:
             self._tell_all({"beat": 1})
         if self.step is not None and self.step.poll() is not None:
             code, self.step = self.step.returncode, None
-            self._fail(
-                Exit.START_FAILED if not self.agents else Exit.AGENT_LOST, f"job step ended with {code}"
-            )
+            self._fail(Exit.START_FAILED if not self.agents else Exit.AGENT_LOST, f"job step ended with {code}")
         elif self.phase is Phase.GATHERING and now >= self.deadline:
             missing = sorted(set(self.where.nodes) - set(self.agents))
             self._fail(Exit.START_FAILED, f"no agent from {','.join(missing)} within {AGENTS_SECONDS:g} s")
@@ -206,11 +202,7 @@ class Supervisor:
         elif self.phase is Phase.SERVING:
             frozen, unhealthy = now - self.moving_at, now - self.good_at
             if frozen > FROZEN_SECONDS or unhealthy > UNHEALTHY_SECONDS:
-                what = (
-                    f"stopped for {frozen:.0f} s"
-                    if frozen > FROZEN_SECONDS
-                    else f"sick for {unhealthy:.0f} s"
-                )
+                what = f"stopped for {frozen:.0f} s" if frozen > FROZEN_SECONDS else f"sick for {unhealthy:.0f} s"
                 self._withdraw()
                 self._pause(f"server is {what}: killing it")
                 self._tell(self.home, {"stop": 0})
@@ -255,16 +247,11 @@ class Supervisor:
         # Its own session: a TERM for the whole batch step must not make srun end the agents before
         # the supervisor has asked Slurm why.
         try:
-            self.step = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, env=environment, start_new_session=True
-            )
+            self.step = subprocess.Popen(command, stdin=subprocess.DEVNULL, env=environment, start_new_session=True)
         except OSError as error:
             self._fail(Exit.START_FAILED, f"srun: {error.strerror}")
             return
-        say(
-            f"tier {self.plan.tier}: job {self.where.job} restart {self.where.restart} "
-            f"on {','.join(self.where.nodes)}"
-        )
+        say(f"tier {self.plan.tier}: job {self.where.job} restart {self.where.restart} on {','.join(self.where.nodes)}")
 
     def _accept(self) -> None:
         with contextlib.suppress(OSError):
@@ -421,8 +408,7 @@ class Supervisor:
         if len(self.deaths) > len(RESTART_PAUSES):
             self._fail(
                 Exit.SERVER_FAILED,
-                f"{why}; {len(self.deaths)} times in {RESTART_WINDOW_SECONDS:g} s: "
-                f"see {self.logs / 'router.log'}",
+                f"{why}; {len(self.deaths)} times in {RESTART_WINDOW_SECONDS:g} s: see {self.logs / 'router.log'}",
             )
             return
         pause = RESTART_PAUSES[len(self.deaths) - 1]
@@ -512,9 +498,7 @@ class Supervisor:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--plan", type=Path, required=True, help="plan v1 of the tier")
-    parser.add_argument(
-        "--registry", type=Path, help="endpoint records (default: endpoints beside the plan's folder)"
-    )
+    parser.add_argument("--registry", type=Path, help="endpoint records (default: endpoints beside the plan's folder)")
     parser.add_argument("--logs", type=Path, help="parent of the job's log folder (default: logs beside it)")
 
 
@@ -527,9 +511,7 @@ def run(args: argparse.Namespace) -> int:
         logs = (args.logs or shared / "logs") / str(where.job)
         logs.mkdir(parents=True, exist_ok=True)
         if not os.access(registry, os.W_OK):
-            raise PlanError(
-                f"{registry}: not a folder that uid {os.geteuid()} can write: run playbooks/tiers.yml"
-            )
+            raise PlanError(f"{registry}: not a folder that uid {os.geteuid()} can write: run playbooks/tiers.yml")
         supervisor = Supervisor(plan, where, registry, logs)
     except (PlanError, OSError) as error:
         say(f"refused: {error}")

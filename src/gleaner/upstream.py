@@ -73,9 +73,7 @@ class Config:
                 ),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ValueError(
-                f"{path}: not a gateway configuration ({error!r}): run playbooks/gateway.yml"
-            ) from None
+            raise ValueError(f"{path}: not a gateway configuration ({error!r}): run playbooks/gateway.yml") from None
 
 
 def upstream_text(tier: str, address: str | None, port: int) -> str:
@@ -467,9 +465,7 @@ class Updater:
         self.query_at = 0.0
         self.asked = False
         self.jobs: list[slurm.Job] | None = None
-        self.reader = RegistryReader(
-            config.registry, [tier.tier for tier in config.tiers], config.poll_seconds
-        )
+        self.reader = RegistryReader(config.registry, [tier.tier for tier in config.tiers], config.poll_seconds)
         self.watched = [Watched(tier, Router(config, tier, nginx)) for tier in config.tiers]
         self.changes = OnChange()
         for watched in self.watched:

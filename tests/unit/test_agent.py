@@ -71,9 +71,7 @@ def test_binding_stays_inside_the_cores_that_slurm_gave(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("_numactl")
-def test_binding_without_a_core_of_the_node_binds_memory(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_binding_without_a_core_of_the_node_binds_memory(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert agent.binding(1, {0, 1}, sysfs(tmp_path)) == ["numactl", "--membind=1", "--"]
     assert "Slurm gave no core of it (got [0, 1])" in capfd.readouterr().err
 

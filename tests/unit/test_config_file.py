@@ -70,9 +70,7 @@ def test_two_checks_print_the_same_text(folder: Path) -> None:
     ],
 )
 def test_an_owner_to_come_is_a_change(message: str, attribute: str) -> None:
-    result = owner_to_come(
-        {"failed": True, "msg": message, "owner": "root", "group": "root", "path": "/etc/x"}
-    )
+    result = owner_to_come({"failed": True, "msg": message, "owner": "root", "group": "root", "path": "/etc/x"})
     assert result is not None
     assert result["changed"] is True
     assert "failed" not in result

@@ -115,9 +115,7 @@ def test_recorded_facts_of_beefcake2_follow_from_the_published_shapes(
     assert gguf.render(gguf.check_file(path, json.loads(recorded))) == recorded
 
 
-@pytest.mark.parametrize(
-    "path", sorted((ROOT / "inventories").glob("*/models/*.json")), ids=lambda path: path.stem
-)
+@pytest.mark.parametrize("path", sorted((ROOT / "inventories").glob("*/models/*.json")), ids=lambda path: path.stem)
 def test_recorded_facts_are_whole(path: Path) -> None:
     assert gguf.facts_fault(json.loads(path.read_text())) is None
 
@@ -136,9 +134,7 @@ def test_block_sizes_are_those_of_the_gguf_package(kind: int) -> None:
 
 
 def test_q2_0_which_the_package_lacks_is_64_elements_in_18_bytes() -> None:
-    assert {kind: gguf.GGML_TYPES[kind] for kind in gguf.GGML_TYPES.keys() - PACKAGE_TYPES} == {
-        42: ("Q2_0", 64, 18)
-    }
+    assert {kind: gguf.GGML_TYPES[kind] for kind in gguf.GGML_TYPES.keys() - PACKAGE_TYPES} == {42: ("Q2_0", 64, 18)}
 
 
 def test_truncated_data_is_refused(tmp_path: Path, small: Path) -> None:
@@ -150,9 +146,7 @@ def test_truncated_data_is_refused(tmp_path: Path, small: Path) -> None:
 
 def test_another_models_facts_are_refused_with_the_first_difference(small: Path) -> None:
     facts = {**gguf.inspect(str(small)), "n_layers": 3}
-    with pytest.raises(
-        ValueError, match="its header says n_layers = 2, the recorded facts say 3; record them"
-    ):
+    with pytest.raises(ValueError, match="its header says n_layers = 2, the recorded facts say 3; record them"):
         gguf.check_file(small, facts)
 
 
@@ -225,9 +219,7 @@ def test_hostile_header_is_one_clear_error(
         (b"blk.0.attn_q.weight", b"blk.1.attn_q.weight", "tensor 'blk.0.attn_q.weight'"),
     ],
 )
-def test_what_appears_twice_is_refused(
-    tmp_path: Path, small: Path, first: bytes, second: bytes, what: str
-) -> None:
+def test_what_appears_twice_is_refused(tmp_path: Path, small: Path, first: bytes, second: bytes, what: str) -> None:
     def repeat(content: bytearray) -> None:
         at = content.index(second)
         content[at : at + len(second)] = first
@@ -246,11 +238,7 @@ def test_garbage_is_a_value_error(tmp_path_factory: pytest.TempPathFactory, cont
             gguf.check_file(path)
 
 
-@given(
-    changes=st.lists(
-        st.tuples(st.integers(0, 6000), st.binary(min_size=1, max_size=9)), min_size=1, max_size=4
-    )
-)
+@given(changes=st.lists(st.tuples(st.integers(0, 6000), st.binary(min_size=1, max_size=9)), min_size=1, max_size=4))
 @settings(deadline=2000, max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_a_damaged_header_is_a_value_error_or_facts(
     tmp_path_factory: pytest.TempPathFactory, small: Path, changes: list[tuple[int, bytes]]

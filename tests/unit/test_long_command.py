@@ -137,9 +137,7 @@ def test_the_cause_is_told_in_words(properties: dict[str, str], words: str) -> N
 class Follower(action.ActionModule):
     """The action with a host that gives prepared answers."""
 
-    def __init__(
-        self, args: dict[str, Any], started: dict[str, Any], answers: list[Any], no_log: bool
-    ) -> None:
+    def __init__(self, args: dict[str, Any], started: dict[str, Any], answers: list[Any], no_log: bool) -> None:
         self._task = type("Task", (), {"args": args, "no_log": no_log, "async_val": 0, "check_mode": False})()
         self._connection = type("C", (), {"_shell": type("S", (), {"tmpdir": None})()})()
         self.started, self.answers, self.commands = started, answers, list[str]()
@@ -248,9 +246,7 @@ def test_environment_files_keep_quotes_dollars_and_newlines() -> None:
 
 def test_systemd_expands_no_variables_of_the_command() -> None:
     params = {"name": "b", "title": "t", "user": "root", "chdir": "/src", "timeout_seconds": 60, "nice": 5}
-    command = start_command(
-        {**params, "argv": ["sh", "-c", "echo $HOME ${X}"]}, "m", Path("/run/e"), Path(LOG)
-    )
+    command = start_command({**params, "argv": ["sh", "-c", "echo $HOME ${X}"]}, "m", Path("/run/e"), Path(LOG))
     assert command[-4:] == ["--", "sh", "-c", "echo $$HOME $${X}"]
     assert {"--property=WorkingDirectory=/src", "--property=RuntimeMaxSec=60"} < set(command)
 
@@ -335,9 +331,7 @@ def run_module(path: Path, **more: Any) -> dict[str, Any]:
         ({"unless": ["sh", "-c", 'test "$V" = 1'], "environment": {"V": 1}}, False),
     ],
 )
-def test_check_mode_knows_what_is_done_and_starts_nothing(
-    host: Path, condition: dict[str, Any], changed: bool
-) -> None:
+def test_check_mode_knows_what_is_done_and_starts_nothing(host: Path, condition: dict[str, Any], changed: bool) -> None:
     result = run_module(host, **{"user": pwd.getpwuid(os.geteuid()).pw_name, **condition})
     assert result["changed"] is changed
     assert result["follow"] is False

@@ -49,9 +49,7 @@ def test_kv_of_the_72b_at_131072_is_what_was_measured(type_k: str, type_v: str, 
 
 def test_kv_context_is_padded_to_256_for_each_slot() -> None:
     assert plan.kv_bytes(CODER, context_tokens=1) == plan.kv_bytes(CODER, context_tokens=256)
-    assert plan.kv_bytes(CODER, context_tokens=257, parallel=3) == 3 * plan.kv_bytes(
-        CODER, context_tokens=512
-    )
+    assert plan.kv_bytes(CODER, context_tokens=257, parallel=3) == 3 * plan.kv_bytes(CODER, context_tokens=512)
 
 
 def test_a_sliding_window_bounds_the_cells_of_its_layers() -> None:
@@ -86,9 +84,7 @@ def test_more_context_never_takes_less_memory(first: int, second: int, kind: str
         )
         for flash in (False, True):
             small, large = (
-                plan.compute_bytes(
-                    facts, context_tokens=n, ubatch_tokens=512, flash_attention=flash, cuda=True
-                )
+                plan.compute_bytes(facts, context_tokens=n, ubatch_tokens=512, flash_attention=flash, cuda=True)
                 for n in (low, high)
             )
             assert small <= large
@@ -96,9 +92,7 @@ def test_more_context_never_takes_less_memory(first: int, second: int, kind: str
 
 def test_flash_attention_spares_the_scores() -> None:
     off, on = (
-        plan.compute_bytes(
-            BEHEMOTH, context_tokens=131072, ubatch_tokens=512, flash_attention=flash, cuda=False
-        )
+        plan.compute_bytes(BEHEMOTH, context_tokens=131072, ubatch_tokens=512, flash_attention=flash, cuda=False)
         for flash in (False, True)
     )
     # The scores alone: 4 bytes, 512 tokens, 131072 cells, 64 heads and the mask.
@@ -175,9 +169,7 @@ def test_cpu_host_memory_is_the_sum_of_its_parts() -> None:
     assert row["kv"] == 2 * 4
     # The router, and each process's own share and prompt cache.
     assert row["other"] == 512 + 2 * (512 + 100)
-    assert (
-        row["total"] == row["weights"] + row["kv"] + row["compute"] + row["other"] == got["slurm"]["mem_mib"]
-    )
+    assert row["total"] == row["weights"] + row["kv"] + row["compute"] + row["other"] == got["slurm"]["mem_mib"]
     assert row["headroom"] == row["limit"] - row["total"]
     assert (row["device"], row["limit"], row["verdict"]) == ("vasp-02 host", 384000, "fits")
 
@@ -252,9 +244,7 @@ def test_layer_split_plan_names_roles_and_says_that_it_is_not_served() -> None:
 def test_tiers_that_share_a_gpu_are_warned_of() -> None:
     for tier in ("fast", "reasoning"):
         (warning,) = (
-            text
-            for text in plan.plan_tier(sites.site(), tier, sites.headers())["warnings"]
-            if "competes" in text
+            text for text in plan.plan_tier(sites.site(), tier, sites.headers())["warnings"] if "competes" in text
         )
         assert "vasp-02" in warning
         assert "vasp-01" not in warning

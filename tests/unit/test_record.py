@@ -129,9 +129,7 @@ def test_missing_registry_withdraws_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("code", [errno.EIO, errno.ESTALE, errno.EACCES])
-def test_failing_file_system_withdraws_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
-) -> None:
+def test_failing_file_system_withdraws_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
     def fail(*_: object) -> bytes:
         raise OSError(code, os.strerror(code))
 
@@ -193,9 +191,7 @@ def test_publisher_seq_grows_over_a_withdrawal(tmp_path: Path) -> None:
     assert wait_for(lambda: seq_of(tmp_path)) > first
 
 
-def test_withdraw_does_not_wait_for_a_hanging_registry(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_withdraw_does_not_wait_for_a_hanging_registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     publisher = record.Publisher(tmp_path, beat_seconds=0.05)
     publisher.publish(GOOD)
     wait_for(lambda: seq_of(tmp_path))

@@ -58,10 +58,7 @@ def policy(**changes: Any) -> dict[str, Any]:
 
 
 def plan(declared: dict[str, Any], live: Accounting) -> list[str]:
-    return [
-        spoken(c).removeprefix("sacctmgr -i ")
-        for c in commands("beefcake2", wanted_accounting(declared), live)
-    ]
+    return [spoken(c).removeprefix("sacctmgr -i ") for c in commands("beefcake2", wanted_accounting(declared), live)]
 
 
 @pytest.fixture
@@ -114,9 +111,7 @@ def test_what_slurm_shows_afterwards_needs_nothing(live: Accounting) -> None:
         ),
     ],
 )
-def test_one_difference_is_one_command(
-    live: Accounting, section: str, entry: dict[str, Any], expected: str
-) -> None:
+def test_one_difference_is_one_command(live: Accounting, section: str, entry: dict[str, Any], expected: str) -> None:
     declared = {"cluster": "beefcake2", "qos": [], "accounts": [], "users": [], section: [entry]}
     assert plan(declared, live) == [f"modify {expected}"]
 
@@ -183,9 +178,7 @@ def test_contradictions_are_refused_with_the_cure(changes: dict[str, Any], messa
         plan(policy(**changes), Accounting())
 
 
-@pytest.mark.parametrize(
-    ("text", "expected"), [("", 0), ("00:00:30", 30), ("01:00:00", 3600), ("1-01:01:01", 90061)]
-)
+@pytest.mark.parametrize(("text", "expected"), [("", 0), ("00:00:30", 30), ("01:00:00", 3600), ("1-01:01:01", 90061)])
 def test_grace_times_are_read(text: str, expected: int) -> None:
     assert seconds(text) == expected
 

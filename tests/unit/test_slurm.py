@@ -144,9 +144,7 @@ def test_systemds_variables_do_not_reach_the_job(commands: Home, monkeypatch: py
 
 
 def test_failure_carries_slurms_words(commands: Home) -> None:
-    commands.set(
-        commands.slurm / "squeue.fails", "one\nslurm_load_jobs error: Unable to contact slurm controller\n"
-    )
+    commands.set(commands.slurm / "squeue.fails", "one\nslurm_load_jobs error: Unable to contact slurm controller\n")
     with pytest.raises(slurm.SlurmError, match="squeue: slurm_load_jobs error: Unable to contact"):
         slurm.jobs("ai-inference", ["llama-14b"])
 

@@ -99,9 +99,7 @@ def test_the_old_spelling_counts_in_new_versions() -> None:
 
 
 def test_an_old_version_gets_the_old_key() -> None:
-    assert slurmconf.policy_gap(CONFIG, "22.05.8") == [
-        "SlurmctldParameters=enable_configless,preempt_send_user_signal"
-    ]
+    assert slurmconf.policy_gap(CONFIG, "22.05.8") == ["SlurmctldParameters=enable_configless,preempt_send_user_signal"]
 
 
 def test_gang_scheduling_beside_requeue_is_fine() -> None:

@@ -140,9 +140,7 @@ def test_check_tells_what_is_missing(store: Store, capsys: pytest.CaptureFixture
     assert not (store.models / ".staging").exists(), "check wrote something"
 
 
-def test_corrupt_source_is_refused_and_stops_no_other(
-    store: Store, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_corrupt_source_is_refused_and_stops_no_other(store: Store, capsys: pytest.CaptureFixture[str]) -> None:
     wrong = store.entry("bad", sha256="0" * 64)
     assert store.run("stage", wrong, store.entry()) == stage.EXIT_FAILED
     assert store.visible == ["one.gguf"]
@@ -166,9 +164,7 @@ def test_broken_header_is_refused(
     assert "not servable: magic" in capsys.readouterr().err
 
 
-def test_real_header_check_refuses_what_is_no_model(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_real_header_check_refuses_what_is_no_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     store = Store(tmp_path)
     assert store.run("stage", store.entry()) == stage.EXIT_FAILED
     assert store.visible == []
@@ -277,9 +273,7 @@ def test_missing_local_source_is_named(store: Store, capsys: pytest.CaptureFixtu
     assert "/nonexistent/x.gguf" in capsys.readouterr().err
 
 
-def test_progress_is_told(
-    store: Store, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_progress_is_told(store: Store, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(stage, "PROGRESS_SECONDS", 0.0)
     assert store.run("stage", store.entry()) == 0
     assert "one 100 % 0.0/0.0 GiB" in capsys.readouterr().out
@@ -370,9 +364,7 @@ def test_reload_waits_for_the_model(routing: Routing, capsys: pytest.CaptureFixt
     assert "fast on vasp-02 serves two" in capsys.readouterr().out
 
 
-def test_reload_of_a_tier_that_is_not_running_is_fine(
-    routing: Routing, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_reload_of_a_tier_that_is_not_running_is_fine(routing: Routing, capsys: pytest.CaptureFixture[str]) -> None:
     assert stage.reload(routing.config, "fast", ["two"], 5) == 0
     routing.publish()
     routing.stop()

@@ -85,9 +85,7 @@ def test_never_starts_to_route(reading: record.Reading, jobs: list[Job] | None, 
         (RECORD, None, "Slurm does not answer; the record is fresh"),
     ],
 )
-def test_last_good_stays_while_the_job_runs(
-    reading: record.Reading, jobs: list[Job] | None, why: str
-) -> None:
+def test_last_good_stays_while_the_job_runs(reading: record.Reading, jobs: list[Job] | None, why: str) -> None:
     verdict = upstream.decide(TIER, fresh_memory(RECORD), reading, jobs, 100, 10)
     assert verdict.target == RECORD
     assert why in verdict.why
@@ -280,9 +278,7 @@ def test_routes_with_one_reload_and_withdraws_with_none(site: Site) -> None:
     assert site.nginx.reloads == 1, "the address did not change"
 
 
-def test_preemption_ends_routing_before_the_record_goes(
-    site: Site, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_preemption_ends_routing_before_the_record_goes(site: Site, capfd: pytest.CaptureFixture[str]) -> None:
     routed(site)
     site.queue(queue_line(preempted="2026-11-24T01:10:00"))
     site.until(lambda: not site.up, 1.0)
@@ -471,9 +467,7 @@ class Proc:
 def proc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Proc:
     (tmp_path / "bin").mkdir()
     Home.program(tmp_path / "bin" / "systemctl", f'#!/bin/sh\necho "$*" >> {tmp_path}/calls\n')
-    Home.program(
-        tmp_path / "bin" / "nginx", f"#!/bin/sh\ncat {tmp_path}/fault >&2\ntest ! -s {tmp_path}/fault\n"
-    )
+    Home.program(tmp_path / "bin" / "nginx", f"#!/bin/sh\ncat {tmp_path}/fault >&2\ntest ! -s {tmp_path}/fault\n")
     (tmp_path / "fault").write_text("")
     monkeypatch.setenv("PATH", f"{tmp_path}/bin:/usr/bin:/bin")
     monkeypatch.setattr(upstream, "RELOAD_SECONDS", 0.5)

@@ -41,9 +41,7 @@ def test_second_build_leaves_the_file_alone(tmp_path: Path) -> None:
 def test_every_module_is_inside(tmp_path: Path) -> None:
     with zipfile.ZipFile(build_zipapp.build(tmp_path)) as bundle:
         names = set(bundle.namelist())
-    assert names == {"__main__.py"} | {
-        str(path.relative_to(PACKAGE.parent)) for path in PACKAGE.rglob("*.py")
-    }
+    assert names == {"__main__.py"} | {str(path.relative_to(PACKAGE.parent)) for path in PACKAGE.rglob("*.py")}
 
 
 def test_runs_by_itself(tmp_path: Path) -> None:
@@ -69,8 +67,6 @@ def test_module_is_old_python_and_standard_library(path: Path) -> None:
 
 
 def test_command_prints_the_path(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, build_zipapp.__file__, tmp_path], capture_output=True, text=True, check=True
-    )
+    done = subprocess.run([sys.executable, build_zipapp.__file__, tmp_path], capture_output=True, text=True, check=True)
     assert Path(done.stdout.strip()).parent == tmp_path
     assert Path(done.stdout.strip()).stat().st_mode & 0o777 == 0o755

@@ -1,0 +1,69 @@
+# make up      a four-node cluster on this machine that serves a model
+# make test    lint, unit tests, filters in real Jinja, molecule with testinfra on a lab of its own
+# make down    take the lab away       make distclean   take the caches, too
+SHELL := /bin/bash
+.DELETE_ON_ERROR:
+
+export GLEANER_CACHE ?= /var/cache/gleaner
+export GLEANER_LAB_ID ?= 0
+# The tests have a lab of their own, so that they leave the one of `make up` alone.
+TEST_LAB_ID ?= 1
+export ANSIBLE_FORCE_COLOR ?= $(if $(MAKE_TERMOUT),1,)
+
+BIN := .venv/bin
+VAULT := inventories/lab/group_vars/all/vault.yml
+SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
+# Asks for the password once where sudo wants one.
+BECOME = $(if $(SUDO),$(shell sudo -n true 2>/dev/null || echo --ask-become-pass),)
+PLAYBOOK = $(BIN)/ansible-playbook $(BECOME)
+
+.PHONY: help up down distclean sources test test-full lint unit lab-tests bench
+
+help:
+	@sed -n 's/^# \(make .*\)/\1/p' Makefile
+
+up: .venv/ready $(VAULT) sources
+	$(PLAYBOOK) playbooks/lab_up.yml
+	$(PLAYBOOK) site.yml
+	@$(BIN)/python tools/first_completion.py --lab $(GLEANER_LAB_ID)
+
+down: .venv/ready
+	$(PLAYBOOK) playbooks/lab_down.yml
+	@echo "The lab is gone. What stays: the packages apt-cacher-ng, mmdebstrap, systemd-container, iproute2,"
+	@echo "debian-archive-keyring and openssh-client, and the caches in $(GLEANER_CACHE) (make distclean takes these)."
+
+distclean: down
+	$(SUDO) rm -rf --one-file-system $(GLEANER_CACHE)
+	rm -rf .venv .lab .ansible .mypy_cache .pytest_cache .ruff_cache .hypothesis $(VAULT)
+
+sources: .venv/ready
+	@$(SUDO) install -d -o "$$(id -u)" $(GLEANER_CACHE) $(GLEANER_CACHE)/sources
+	@$(BIN)/python tools/fetch_lab_sources.py $(GLEANER_CACHE)/sources
+
+test: lint unit lab-tests
+
+lint: .venv/ready $(VAULT)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/yamllint --strict .
+	$(BIN)/shellcheck $$(git grep -lE '^#!/bin/(ba)?sh' -- ':!*.j2')
+	$(BIN)/ansible-lint
+
+unit: .venv/ready
+	$(BIN)/python -m pytest -q -n 2 tests/unit tests/filters tests/docs
+
+lab-tests: .venv/ready $(VAULT) sources
+	GLEANER_LAB_ID=$(TEST_LAB_ID) tools/lab_tests
+
+bench: .venv/ready
+	$(BIN)/python benchmarks/gateway.py
+	$(BIN)/python benchmarks/bring_up.py
+
+.venv/ready: requirements.txt constraints.txt tools/bootstrap
+	tools/bootstrap .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt -c constraints.txt
+	touch $@
+
+$(VAULT): .venv/ready
+	@$(BIN)/python tools/lab_secrets.py $@
