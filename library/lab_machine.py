@@ -162,8 +162,9 @@ class Machine:
 
     def clear(self) -> None:
         """Take away what is left of a host that is off or was killed; its disk stays."""
+        if not wait_until(self._no_process_left, 10.0):
+            raise LabError("some of its processes do not end, even by SIGKILL")
         if self.namespace.exists():
-            wait_until(self._no_process_left, 10.0)
             run("ip", "netns", "delete", self.machine)
         # Only a boot that was cut short leaves a cable that its namespace does not take along.
         for wire in self.params["interfaces"]:
@@ -175,17 +176,24 @@ class Machine:
                 run("umount", str(remains))
             if remains.is_dir():
                 remains.rmdir()
-        # lab-boot made these where no systemd did; an emptied tree goes from its leaves.
-        for hierarchy in (Path("/sys/fs/cgroup"), *Path("/sys/fs/cgroup").glob("*/")):
-            for folder, _, _ in os.walk(hierarchy / self.process.unit, topdown=False):
+        for group in self._cgroups():
+            for folder, _, _ in os.walk(group, topdown=False):
                 os.rmdir(folder)
         if os.path.ismount(self.root):
             run("umount", "--lazy", str(self.root))
 
+    def _cgroups(self) -> list[Path]:
+        """The host's groups, one in each hierarchy, which lab-boot made where no systemd did."""
+        top = Path("/sys/fs/cgroup")
+        groups = [folder / self.process.unit for folder in (top, *top.iterdir())]
+        return sorted({group.resolve() for group in groups if group.is_dir()})
+
     def _no_process_left(self) -> bool:
-        """End every process in the host's own network namespace, which tells them from all others."""
-        pids = [int(pid) for pid in run("ip", "netns", "pids", self.machine).split()]
-        for pid in pids:
+        """End every process in the host's own network namespace and cgroups, which tell them from all others."""
+        pids = {int(pid) for group in self._cgroups() for file in group.rglob("cgroup.procs") for pid in _lines(file)}
+        if self.namespace.exists():
+            pids |= {int(pid) for pid in run("ip", "netns", "pids", self.machine).split()}
+        for pid in pids - {0}:  # 0 is how the kernel writes a process that this one cannot see
             try:
                 os.kill(pid, signal.SIGKILL)
             except ProcessLookupError:
@@ -196,6 +204,14 @@ class Machine:
         self.stop()
         if self.directory.exists():
             shutil.rmtree(self.directory)
+
+
+def _lines(file: Path) -> list[str]:
+    """What the kernel lists in a cgroup file; a group that is just being removed has nothing in it."""
+    try:
+        return file.read_text().split()
+    except OSError:
+        return []
 
 
 def main() -> None:
