@@ -1,4 +1,4 @@
-"""Time to the first token, of two servers in turn. Runs on the host that both admit; standard library only.
+"""Time to the first token, of several servers in turn. Runs on the host that all admit; standard library only.
 
 Standard input holds this program when it comes over ssh, so the one argument is JSON:
 {"servers": {"name": "host:port", …}, "request": {…}, "pairs": 40, "keep_alive": true}.
@@ -11,6 +11,8 @@ import http.client
 import json
 import sys
 import time
+
+WARM_UP = 3
 
 
 def first_token_seconds(connection: http.client.HTTPConnection, body: bytes, headers: dict[str, str]) -> float:
@@ -42,9 +44,10 @@ def main() -> None:
     connections = {name: http.client.HTTPConnection(place, timeout=60) for name, place in servers.items()}
     seconds: dict[str, list[float]] = {name: [] for name in servers}
     names = list(servers)
-    for turn in range(-3, order["pairs"]):
-        # Whoever goes second finds warmer caches: they take turns.
-        for name in names if turn % 2 else reversed(names):
+    for turn in range(-WARM_UP, order["pairs"]):
+        # Who comes later finds warmer caches, so each is first in its turn.
+        names.append(names.pop(0))
+        for name in names:
             taken = first_token_seconds(connections[name], body, headers)
             if not order["keep_alive"]:
                 connections[name].close()

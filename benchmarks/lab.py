@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import datetime
+import importlib.metadata
 import json
 import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,32 +47,41 @@ class Lab:
 
     def ssh(self, host: str) -> list[str]:
         """The command that runs a command on a host as its administrator."""
-        return [
-            "ssh",
-            "-o",
-            "BatchMode=yes",
-            "-o",
-            f"UserKnownHostsFile={self.variable(host, 'lab_access')}/known_hosts-{self.id}",
-            "-i",
-            self.variable(host, "ansible_ssh_private_key_file"),
-            f"{self.variable(host, 'ansible_user')}@{self.variable(host, 'cluster_address')}",
-        ]
+        return ["ssh", "-F", f"{self.variable(host, 'lab_access')}/ssh_config-{self.id}", host]
 
-    def playbook(self, name: str, log: Path) -> str:
-        """Run a playbook, with its output in a file; return that output."""
-        with log.open("w") as output:
-            run = subprocess.run(
-                [_tool("ansible-playbook"), "-i", INVENTORY, name],
-                cwd=ROOT,
-                env=self.environment | {"ANSIBLE_FORCE_COLOR": "0"},
-                check=False,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-            )
-        text = log.read_text()
-        if run.returncode:
-            raise RuntimeError(f"{name} ended with {run.returncode}; its last lines:\n{text[-2000:]}")
-        return text
+    def playbook(self, name: str) -> Play:
+        """Run a playbook and time it; RuntimeError with its last lines when it fails."""
+        began = time.monotonic()
+        lines: list[str] = []
+        starts: list[tuple[float, str]] = []
+        with subprocess.Popen(
+            [_tool("ansible-playbook"), "-i", INVENTORY, name],
+            cwd=ROOT,
+            env=self.environment | {"ANSIBLE_NOCOLOR": "1", "ANSIBLE_FORCE_COLOR": "0"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        ) as process:
+            assert process.stdout is not None
+            for line in process.stdout:
+                lines.append(line)
+                if heading := re.match(r"(?:TASK|RUNNING HANDLER|PLAY) \[(.*)\]|PLAY RECAP", line):
+                    starts.append((time.monotonic(), heading[1] or ""))
+        seconds = time.monotonic() - began
+        if process.returncode:
+            raise RuntimeError(f"{name} ended with {process.returncode}; its last lines:\n{''.join(lines[-40:])}")
+        changed = re.findall(r"^(\S+) +: .* changed=([1-9]\d*)", "".join(lines), re.MULTILINE)
+        tasks = [(after - start, task) for (start, task), (after, _) in zip(starts, starts[1:])]
+        return Play(seconds, {host: int(count) for host, count in changed}, tasks)
+
+
+@dataclass(frozen=True)
+class Play:
+    """A run of a playbook: its time, the hosts that it changed, and the time of each task."""
+
+    seconds: float
+    changed: Mapping[str, int]
+    tasks: Sequence[tuple[float, str]]
 
 
 def lab_from_environment() -> Lab:
@@ -91,7 +103,7 @@ def machine() -> Mapping[str, str]:
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "commit": commit(),
         "machine": f"{os.cpu_count()} processors, {memory_mib / 1024:.0f} GiB of memory, "
-        f"{system['PRETTY_NAME'].strip(chr(34))}, Linux {platform.release()}",
+        f"{system['PRETTY_NAME'].strip(chr(34))}, Linux {platform.release().partition('-')[0]}",
         "load before the run": f"{os.getloadavg()[0]:.2f} (mean of one minute)",
     }
 
@@ -102,6 +114,10 @@ def commit() -> str:
     # What the benchmarks write is not what they measure.
     changed = _git("status", "--porcelain", "--", ".", ":!docs")
     return head + (" with changes that are not committed" if changed else "")
+
+
+def ansible_version() -> str:
+    return importlib.metadata.version("ansible-core")
 
 
 def _git(*arguments: str) -> str:

@@ -1,0 +1,59 @@
+"""What the benchmarks write into docs/benchmarks.md."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from benchmarks import bring_up, gateway, report
+
+
+def test_only_the_section_is_replaced(tmp_path: Path) -> None:
+    document = tmp_path / "benchmarks.md"
+    document.write_text("a\n<!-- x: begin -->\nold\n<!-- x: end -->\nb\n<!-- y: begin -->\n<!-- y: end -->\n")
+    report.write("x", "new", document)
+    report.write("x", "newer", document)
+    assert document.read_text() == (
+        "a\n<!-- x: begin -->\n\nnewer\n\n<!-- x: end -->\nb\n<!-- y: begin -->\n<!-- y: end -->\n"
+    )
+    assert list(tmp_path.iterdir()) == [document]
+
+
+def test_missing_markers_are_named() -> None:
+    with pytest.raises(ValueError, match="<!-- x: begin -->"):
+        report.replace("nothing here", "x", "new")
+
+
+@pytest.mark.parametrize("section", ["gateway", "bring-up"])
+def test_the_document_has_a_place_for_each_section(section: str) -> None:
+    assert report.replace(report.DOCUMENT.read_text(), section, "figures")
+
+
+@pytest.mark.parametrize(("gateway_ms", "verdict"), [([6.0, 5.9], "met"), ([6.1, 6.1], "missed")])
+def test_the_gateway_may_add_a_millisecond_to_the_median(gateway_ms: list[float], verdict: str) -> None:
+    figures = {"direct": [5.0, 5.0], "direct again": [5.0, 5.0], "gateway": gateway_ms}
+    row = gateway.first_token_report({"kept alive": figures}).splitlines()[2]
+    assert row.endswith(f"| {verdict} |")
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        gateway.Stream(1.0, gateway.TOKENS - 1, True),
+        gateway.Stream(1.0, gateway.TOKENS, False),
+        gateway.Stream(1.0, gateway.TOKENS, True, "reset"),
+    ],
+)
+def test_one_bad_stream_misses_the_bar(bad: gateway.Stream) -> None:
+    good = gateway.Stream(1.0, gateway.TOKENS, True)
+    assert "met." in gateway.streams_report([good, good], 1.0)
+    assert "1 of 2 streams complete" in (text := gateway.streams_report([good, bad], 1.0))
+    assert "missed: " in text
+
+
+def test_bring_up_says_which_bar_is_missed() -> None:
+    figures = bring_up.Figures([9.0], [119.0, 121.0, 140.0], [200.0], [60.0], [(1.0, "a task")], {"from nothing": 1.0})
+    text = bring_up.bring_up_report({"date": "today"}, figures, "Slurm")
+    assert "| 3 | 121.0 | 119.0 121.0 140.0 | 120 s: missed |" in text
+    assert "| 1 | 60.0 | 60.0 | 60 s: met |" in text
