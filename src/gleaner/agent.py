@@ -96,6 +96,20 @@ def binding(numa_node: int | None, allowed: set[int], sysfs: Path = Path("/sys/d
     return ["numactl", f"--membind={numa_node}", f"--physcpubind={chosen}", "--"]
 
 
+def require_free(address: str, port: int) -> None:
+    """ValueError when the port is taken: /health of a foreign program there would pass for our server's."""
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as sock:
+        # As the server does it: connections of its predecessor that still close are no obstacle.
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            sock.bind((address, port))
+        except OSError as error:
+            raise ValueError(
+                f"tiers[].gateway_port: {address}:{port} cannot be listened on ({error.strerror}): "
+                f"end the program that has it (`ss -ltnp sport = :{port}` on this node), or choose another port"
+            ) from None
+
+
 def raise_memlock() -> int:
     """Raise the locked-memory limit to the hard limit; MiB, or -1 for unlimited."""
     _, hard = resource.getrlimit(resource.RLIMIT_MEMLOCK)
@@ -333,6 +347,7 @@ class Agent:
         self.task, self.health, self.busy = task, "down", None
         self.health_at, self.idle_answers = 0.0, 0
         try:
+            require_free(task.address, task.port)
             self.process = Process.launch(task)
         except (OSError, ValueError) as error:
             say(f"cannot start {task.argv[0]}: {error}")

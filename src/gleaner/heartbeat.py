@@ -46,7 +46,8 @@ class Channel:
     def receive(self) -> list[Message]:
         """Whole messages that are here; ValueError for what is no message, ChannelClosed at the end."""
         closed = False
-        while not closed:
+        # What is beyond the limit waits in the socket: a sender that never pauses must not hold us here.
+        while not closed and len(self._in) <= self.limit:
             try:
                 data = self.socket.recv(65536)
             except BlockingIOError:
@@ -55,8 +56,8 @@ class Channel:
                 raise ChannelClosed(str(error)) from None
             closed = not data
             self._in += data
-            if len(self._in) > self.limit and b"\n" not in self._in:
-                raise ValueError(f"line longer than {self.limit} bytes")
+        if len(self._in) > self.limit and b"\n" not in self._in:
+            raise ValueError(f"line longer than {self.limit} bytes")
         messages = []
         while b"\n" in self._in:
             line, _, rest = self._in.partition(b"\n")

@@ -25,6 +25,7 @@ GOOD_RUN_SECONDS = 300
 # A job that ends cleanly sooner than this, unpreempted, did not do its work.
 SHORT_RUN_SECONDS = 10
 COMMAND_SECONDS = 10.0
+LIVING_STATES = {"PENDING", "CONFIGURING", "RUNNING", "SUSPENDED", "STOPPED", "COMPLETING"}
 
 
 @dataclass(frozen=True)
@@ -157,6 +158,11 @@ class Keeper:
                 self._keep(tier, state, [job for job in jobs if job.name == tier.job_name])
             except slurm.SlurmError as error:
                 self.changes.say(tier.tier, f"{tier.tier}: {error}")
+        for name in sorted(set(self.state) - {tier.tier for tier in self.config.tiers}):
+            try:
+                self._let_go(name, self.state[name])
+            except slurm.SlurmError as error:
+                self.changes.say(name, f"{name}: {error}")
         after = json.dumps({name: dataclasses.asdict(state) for name, state in self.state.items()}, sort_keys=True)
         if after != before:
             save_state(self.config.state, self.state)
@@ -201,12 +207,10 @@ class Keeper:
     def _account(self, tier: TierConfig, state: TierState) -> None:
         """The job that we knew is gone: find out how it ended before another is submitted."""
         job_id = state.job
-        try:
-            end = how_it_ended(slurm.job(job_id, COMMAND_SECONDS))
-        except slurm.SlurmError as error:
-            if "Invalid job id" not in str(error):
-                raise
-            end = End(False, False, False, "forgotten by Slurm")
+        fields = self._fields(job_id)
+        if fields and self._end_stray(tier.tier, job_id, fields):
+            return
+        end = how_it_ended(fields) if fields else End(False, False, False, "forgotten by Slurm")
         if end.cancelled:
             uid = slurm.canceller(job_id)
             if uid is None:
@@ -220,6 +224,36 @@ class Keeper:
             state.failures = 0
         if end.failed:
             self._failed(tier, state)
+
+    def _let_go(self, name: str, state: TierState) -> None:
+        """A tier that the configuration no longer has: end its job, then forget it."""
+        fields = self._fields(state.job) if state.job else None
+        if not (fields and self._end_stray(name, state.job, fields)):
+            say(f"{name}: no longer a tier, forgotten")
+            del self.state[name]
+
+    def _fields(self, job_id: int) -> dict[str, str] | None:
+        """What Slurm knows of our job; None when it has forgotten it, or gave its number to somebody else's."""
+        try:
+            fields = slurm.job(job_id, COMMAND_SECONDS)
+        except slurm.SlurmError as error:
+            if "Invalid job id" not in str(error):
+                raise
+            return None
+        return fields if fields.get("UserId", "").startswith(f"{self.config.service_user}(") else None
+
+    def _end_stray(self, name: str, job_id: int, fields: dict[str, str]) -> bool:
+        """True while a job lives that belongs to no tier under this name any more; it must not keep its GPU."""
+        state = fields["JobState"].split(",")[0]
+        if state not in LIVING_STATES:
+            return False
+        if any(fields.get("JobName") == tier.job_name for tier in self.config.tiers if tier.tier == name):
+            # squeue just missed it.
+            return True
+        self.changes.say(name, f"{name}: ending job {job_id} ({fields.get('JobName')}), which the inventory gave up")
+        if state != "COMPLETING":
+            slurm.cancel(job_id)
+        return True
 
     def _failed(self, tier: TierConfig, state: TierState) -> None:
         state.failures += 1

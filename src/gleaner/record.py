@@ -23,7 +23,8 @@ FIRST_BEAT_SECONDS = 0.5
 STALE_SECONDS = 10.0
 
 _HOST = re.compile(r"[A-Za-z0-9][A-Za-z0-9.-]{0,62}")
-_TIER = re.compile(r"[a-z][a-z0-9-]{0,31}")
+# What the inventory may call a tier: a narrower rule here would refuse the records of a valid one.
+_TIER = re.compile(r"[a-z0-9][a-z0-9_-]{0,39}")
 _MODEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _INTEGER_LIMIT = 2**53
 
@@ -174,12 +175,13 @@ def read(registry: Path, tier: str) -> Reading:
     """Read a tier's record; a missing file and an unreadable one are different things."""
     path = path_of(registry, tier)
     try:
-        record = parse(files.read_bounded(path, SIZE_LIMIT))
-    except FileNotFoundError:
-        # Without its folder the registry is not mounted, which withdraws nothing.
-        if registry.is_dir():
-            return Withdrawn()
-        return Unreadable(f"{registry}: registry folder is missing: is the shared file system mounted?")
+        try:
+            record = parse(files.read_bounded(path, SIZE_LIMIT))
+        except FileNotFoundError:
+            # Without its folder the registry is not mounted, which withdraws nothing. Looking may fail, too.
+            if registry.is_dir():
+                return Withdrawn()
+            return Unreadable(f"{registry}: registry folder is missing: is the shared file system mounted?")
     except OSError as error:
         return Unreadable(f"{path}: {error.strerror}")
     except ValueError as error:
@@ -256,6 +258,9 @@ class Publisher:
             write(self._registry, dataclasses.replace(record, seq=self._seq))
         except OSError as error:
             self._changes.say("write", f"record: cannot be written to {self._registry}: {error.strerror}")
+            return
+        except ValueError as error:
+            self._changes.say("write", f"record: no reader would accept it, so it is not written: {error}")
             return
         if self._changes.clear("write"):
             say("record: written again")

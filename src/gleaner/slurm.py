@@ -198,6 +198,10 @@ def requeue(job_id: int) -> None:
     run(["scontrol", "requeue", str(job_id)])
 
 
+def cancel(job_id: int) -> None:
+    run(["scancel", str(job_id)])
+
+
 def release(job_id: int) -> None:
     """End a hold."""
     run(["scontrol", "release", str(job_id)])

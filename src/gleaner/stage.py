@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from gleaner import files, record, upstream
+from gleaner import files, record, slurm, upstream
 from gleaner.record import Record, Unreadable, Withdrawn
 
 EXIT_FAILED = 1
@@ -387,6 +387,10 @@ def reload(config: upstream.Config, tier_name: str, expect: list[str], timeout_s
             print(f"{tier_name} is not running: it will read the folder when it starts")
             return 0
         except (OSError, ValueError, http.client.HTTPException) as error:
+            # A node that lost its power leaves its record behind.
+            if not job_runs(config, tier, reading):
+                print(f"{tier_name} is not running: it will read the folder when it starts")
+                return 0
             if time.monotonic() >= deadline:
                 raise StageError(f"http://{address}:{tier.node_port}/v1/models: {error}") from None
         else:
@@ -400,6 +404,15 @@ def reload(config: upstream.Config, tier_name: str, expect: list[str], timeout_s
                 f"within {timeout_seconds:g} s: are the files visible on that node?"
             )
         time.sleep(0.5)
+
+
+def job_runs(config: upstream.Config, tier: upstream.TierConfig, reading: Record) -> bool:
+    """The record's job is running, as far as Slurm can be asked."""
+    try:
+        jobs = slurm.jobs(config.service_user, [tier.job_name])
+    except slurm.SlurmError:
+        return True
+    return any(job.id == reading.job and job.state == "RUNNING" for job in jobs)
 
 
 def address_of(tier: upstream.TierConfig, reading: Record) -> str:

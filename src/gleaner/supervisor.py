@@ -185,8 +185,7 @@ class Supervisor:
     def _tick(self) -> None:
         now = time.monotonic()
         if now >= self.beat_at:
-            self.beat_at = now + heartbeat.BEAT_SECONDS
-            self._tell_all({"beat": 1})
+            self._beat_all()
         if self.step is not None and self.step.poll() is not None:
             code, self.step = self.step.returncode, None
             self._fail(Exit.START_FAILED if not self.agents else Exit.AGENT_LOST, f"job step ended with {code}")
@@ -218,6 +217,13 @@ class Supervisor:
             self.phase = Phase.LEAVING
 
     # Agents
+
+    def _beat_all(self) -> None:
+        """One beat for every agent. A lost one is noticed when it is heard, not here."""
+        self.beat_at = time.monotonic() + heartbeat.BEAT_SECONDS
+        for channel in self.agents.values():
+            with contextlib.suppress(heartbeat.ChannelClosed):
+                channel.send({"beat": 1})
 
     def _start_step(self) -> None:
         address, port = self.listener.getsockname()
@@ -429,6 +435,8 @@ class Supervisor:
             return
         asked_at = time.monotonic()
         self._withdraw()
+        # Slurm may take ASK_SECONDS, and signals of agents make us ask again before the next tick.
+        self._beat_all()
         cause = self._ask_why()
         first, self.cause = self.cause is None, self._stronger(cause)
         if first:

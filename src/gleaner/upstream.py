@@ -429,7 +429,8 @@ class SqueueQuery:
         text = self._output.decode(errors="replace")
         if code != 0:
             raise slurm.SlurmError(f"squeue: {text.strip()[-200:] or f'exit code {code}'}")
-        return slurm.parse_jobs(text)
+        # Both streams come through one pipe: what is no row is a warning, and squeue has succeeded.
+        return slurm.parse_jobs("\n".join(line for line in text.splitlines() if "|" in line))
 
     def end(self) -> None:
         child, self._child = self._child, None
@@ -470,6 +471,15 @@ class Updater:
         self.changes = OnChange()
         for watched in self.watched:
             watched.router.prepare()
+        self._forget_strangers()
+
+    def _forget_strangers(self) -> None:
+        """A tier that left the inventory leaves no flag that would route it, unseen, when it comes back."""
+        known = {tier.tier for tier in self.config.tiers}
+        for path in (*self.config.flags_dir.glob("*.up"), *self.config.flags_dir.glob("*.loaded")):
+            if path.stem not in known:
+                path.unlink(missing_ok=True)
+                say(f"{path}: removed, there is no such tier any more")
 
     def close(self) -> None:
         self.reader.stop()

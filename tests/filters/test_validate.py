@@ -122,6 +122,13 @@ def test_all_problems_come_in_one_go_before_any_host_is_asked(inventory: Path) -
     assert "UNREACHABLE" not in output
 
 
+def test_limit_does_not_leave_the_inventory_unchecked() -> None:
+    status, output = validate(ROOT / "inventories/beefcake2", "--limit", "vasp-02")
+    assert status != 0
+    assert "llama_cpp_source" in problems(output)
+    assert "UNREACHABLE" not in output
+
+
 def test_what_does_not_fit_is_refused_with_what_does(inventory: Path) -> None:
     name = "second-14b"
     shutil.copy(inventory / f"models/{MODELS[0]['name']}.json", inventory / f"models/{name}.json")

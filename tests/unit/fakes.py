@@ -158,7 +158,7 @@ class Home:
         self.bin, self.engine = self.root / "bin", self.root / "engine" / "bin"
         for folder in (self.slurm, self.server, self.registry, self.plans, self.bin, self.engine):
             folder.mkdir(parents=True)
-        for command in ("srun", "scontrol", "squeue", "sbatch", "sacct"):
+        for command in ("srun", "scontrol", "squeue", "sbatch", "scancel", "sacct"):
             self.program(self.bin / command, SLURM)
         self.program(self.engine / "llama-server", SERVER)
         self.pyz = build(self.root)

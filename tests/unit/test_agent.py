@@ -6,6 +6,7 @@ import os
 import resource
 import selectors
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -116,6 +117,16 @@ def test_unlimited_memlock_is_minus_one(monkeypatch: pytest.MonkeyPatch) -> None
     assert agent.raise_memlock() == -1
 
 
+def test_port_of_another_program_is_refused(place: Home) -> None:
+    agent.require_free("127.0.0.1", place.port)
+    with socket.socket() as squatter:
+        squatter.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        squatter.bind(("0.0.0.0", place.port))
+        squatter.listen()
+        with pytest.raises(ValueError, match=f"127.0.0.1:{place.port} cannot be listened on"):
+            agent.require_free("127.0.0.1", place.port)
+
+
 def test_process_states() -> None:
     child = subprocess.Popen(["sleep", "60"])
     try:
@@ -189,8 +200,8 @@ def test_busy_check_asks_without_loading_a_model(place: Home) -> None:
     log = place.root / "router.log"
     try:
         wait_for(lambda: (place.server / "child").exists())
-        wait_for(lambda: not answers(place))
-        assert "GET /slots?model=one&autoload=false" in log.read_text()
+        # Before it listens, a refused connection also means that nothing is in flight.
+        wait_for(lambda: not answers(place) and "GET /slots?model=one&autoload=false" in log.read_text())
         assert "model=two" not in log.read_text()
         place.set(place.server / "busy")
         assert answers(place)

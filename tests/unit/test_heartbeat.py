@@ -56,6 +56,24 @@ def test_garbage_is_an_error(pair: tuple[Channel, socket.socket], line: bytes) -
         receive(channel)
 
 
+def test_sender_that_never_pauses_does_not_hold_the_reader(pair: tuple[Channel, socket.socket]) -> None:
+    channel, _ = pair
+    channel.limit = 1024
+
+    class Flood:
+        def recv(self, size: int) -> bytes:
+            self.read = getattr(self, "read", 0) + size
+            assert self.read < 1 << 24, "still reading"
+            return b"{}\n" * (size // 3)
+
+    flood, real = Flood(), channel.socket
+    channel.socket = flood  # type: ignore[assignment]
+    try:
+        assert channel.receive()[0] == {}
+    finally:
+        channel.socket = real
+
+
 def test_silence_is_measured(pair: tuple[Channel, socket.socket]) -> None:
     channel, far = pair
     time.sleep(0.2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -262,6 +263,51 @@ def test_forgotten_job_is_submitted_anew_but_silence_is_no_end(site: Site) -> No
     assert site.submissions == 1
     site.place.set(site.place.slurm / "scontrol.fails", "slurm_load_jobs error: Invalid job id specified")
     site.poll(2)
+    assert site.submissions == 2
+
+
+def test_job_of_a_removed_tier_is_ended(site: Site) -> None:
+    running(site)
+    site.config = dataclasses.replace(site.config, tiers=())
+    site.keeper = keeper.Keeper(site.config)
+    site.poll()
+    assert site.place.calls_of("scancel") == ["scancel 41"]
+    site.ended(state="CANCELLED")
+    site.poll()
+    assert keeper.load_state(site.config.state) == {}
+    assert len(site.place.calls_of("scancel")) == 1
+
+
+def test_renamed_job_is_ended_before_the_new_one_is_submitted(site: Site) -> None:
+    running(site)
+    tier = keeper.TierConfig("fast", "llama-fast", "/cluster/shared/run-fast.slurm")
+    site.config = dataclasses.replace(site.config, tiers=(tier,))
+    site.keeper = keeper.Keeper(site.config)
+    # squeue is asked by name, and no longer shows it.
+    site.queue()
+    site.poll()
+    assert site.place.calls_of("scancel") == ["scancel 41"]
+    assert site.submissions == 1
+    site.place.set(site.place.slurm / "accounting", f"CANCELLED by {os.getuid()}\n")
+    site.ended(state="CANCELLED")
+    site.poll(2)
+    assert site.submissions == 2
+    assert site.state.failures == 0
+
+
+def test_living_job_that_squeue_missed_is_waited_for(site: Site) -> None:
+    running(site).queue()
+    site.poll(2)
+    assert not site.place.calls_of("scancel")
+    assert (site.submissions, site.state.failures, site.state.job) == (1, 0, 41)
+
+
+def test_number_that_is_somebody_elses_now_is_not_touched(site: Site) -> None:
+    running(site).queue()
+    foreign = job_text().replace("UserId=ai-inference(64200)", "UserId=alice(64300)")
+    site.place.set(site.place.slurm / "job", foreign)
+    site.poll(2)
+    assert not site.place.calls_of("scancel")
     assert site.submissions == 2
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import os
@@ -14,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gleaner import files, record
+from gleaner import files, record, site
 from gleaner.record import Record, Unreadable, Withdrawn
 from tests.unit.fakes import wait_for
 
@@ -128,6 +129,23 @@ def test_missing_registry_withdraws_nothing(tmp_path: Path) -> None:
     assert "mounted" in reading.why
 
 
+def test_registry_that_fails_while_it_is_looked_for_withdraws_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_: Path) -> bool:
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    monkeypatch.setattr(Path, "is_dir", fail)
+    reading = record.read(tmp_path, "fast")
+    assert isinstance(reading, Unreadable)
+    assert "Stale file handle" in reading.why
+
+
+@given(st.from_regex(site._LOWER, fullmatch=True))
+def test_every_tier_of_a_valid_inventory_has_a_record(name: str) -> None:
+    assert record.parse(dataclasses.replace(GOOD, tier=name).encode()).tier == name
+
+
 @pytest.mark.parametrize("code", [errno.EIO, errno.ESTALE, errno.EACCES])
 def test_failing_file_system_withdraws_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
     def fail(*_: object) -> bytes:
@@ -180,6 +198,14 @@ def test_publisher_beats_and_withdraws(tmp_path: Path) -> None:
     last = seq_of(tmp_path)
     time.sleep(0.2)
     assert seq_of(tmp_path) == last == 0
+
+
+def test_publisher_says_what_no_reader_would_accept(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    publisher = record.Publisher(tmp_path, beat_seconds=0.05)
+    publisher.publish(dataclasses.replace(GOOD, host="not_a_host"))
+    time.sleep(0.2)
+    assert capfd.readouterr().err.count("host: got 'not_a_host'") == 1
+    assert publisher.withdraw(1.0)
 
 
 def test_publisher_seq_grows_over_a_withdrawal(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import http.server
 import json
@@ -16,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from gleaner import record, stage, upstream
+from gleaner import record, slurm, stage, upstream
 
 DATA = os.urandom(300_000)
 SHA = hashlib.sha256(DATA).hexdigest()
@@ -370,6 +371,19 @@ def test_reload_of_a_tier_that_is_not_running_is_fine(routing: Routing, capsys: 
     routing.stop()
     assert stage.reload(routing.config, "fast", ["two"], 5) == 0
     assert capsys.readouterr().out.count("not running: it will read the folder when it starts") == 2
+
+
+def test_reload_does_not_wait_for_a_node_that_is_gone(
+    routing: Routing, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def no_route(*_: object) -> set[str]:
+        raise OSError(errno.EHOSTUNREACH, "No route to host")
+
+    routing.publish()
+    monkeypatch.setattr(stage, "listed", no_route)
+    monkeypatch.setattr(slurm, "jobs", lambda *_: [])
+    assert stage.reload(routing.config, "fast", ["two"], 5) == 0
+    assert "not running" in capsys.readouterr().out
 
 
 def test_reload_names_what_is_not_listed(routing: Routing) -> None:

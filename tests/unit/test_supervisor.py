@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from gleaner import record, supervisor
-from gleaner.states import Exit
+from gleaner.states import Cause, Exit
 from tests.unit.fakes import Home, alive, home, job_text, wait_for
 
 TIER = "fast"
@@ -238,6 +238,35 @@ def test_silent_slurm_yields_as_if_preempted(place: Home) -> None:
     assert child.wait(10) == Exit.STOPPED
     assert len(place.calls_of("scontrol requeue")) == 1
     assert "unanswered" in place.log("supervise")
+
+
+def test_agents_hear_a_beat_before_each_question_to_slurm(place: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    where = supervisor.JobEnvironment(41, 0, "vasp-02", ("vasp-02",))
+    child = supervisor.Supervisor(supervisor.Plan.load(plan(place)), where, place.registry, place.root)
+    heard: list[Any] = []
+    asked: list[list[Any]] = []
+
+    class Agent:
+        def send(self, message: Any) -> None:
+            heard.append(message)
+
+    def ask() -> Cause:
+        asked.append(heard[:])
+        heard.clear()
+        return Cause.PREEMPTED
+
+    try:
+        child.agents["vasp-02"] = Agent()  # type: ignore[assignment]
+        monkeypatch.setattr(child, "_ask_why", ask)
+        child.phase = supervisor.Phase.SERVING
+        child._told_to_stop("signal")
+        child._told_to_stop("signal to the agent")
+    finally:
+        child.signals.close()
+        child.listener.close()
+        child.selector.close()
+    assert len(asked) == 2
+    assert all(messages[-1] == {"beat": 1} for messages in asked), "agents take 5 s of silence for our death"
 
 
 def test_signal_to_the_agent_alone_is_asked_about_too(place: Home) -> None:

@@ -367,6 +367,20 @@ def test_own_restart_with_garbage_in_the_registry_keeps_routing(site: Site) -> N
     assert site.up
 
 
+def test_warning_of_squeue_is_no_row(site: Site) -> None:
+    site.serve()
+    site.run_job()
+    site.queue("squeue: warning: something is deprecated\n" + queue_line())
+    site.until(lambda: site.up)
+
+
+def test_flag_of_a_tier_that_left_goes(site: Site) -> None:
+    for name in ("gone.up", "gone.loaded"):
+        (site.flags / name).write_text("")
+    routed(site).restart()
+    assert sorted(path.name for path in site.flags.iterdir()) == ["fast.loaded", "fast.up"]
+
+
 def test_own_restart_after_the_job_went_drops(site: Site) -> None:
     routed(site)
     site.queue("")
