@@ -57,8 +57,13 @@ lab-tests: .venv/ready $(VAULT) sources
 	GLEANER_LAB_ID=$(TEST_LAB_ID) tools/lab_tests
 
 bench: .venv/ready
-	$(BIN)/python benchmarks/gateway.py
-	$(BIN)/python benchmarks/bring_up.py
+	$(BIN)/python -m benchmarks.gateway
+	$(BIN)/python -m benchmarks.bring_up
+
+# What is longer than make test: the first command on a fresh machine with systemd, and make up from nothing.
+test-full: test
+	$(SUDO) tools/fresh_machine
+	$(BIN)/python -m benchmarks.bring_up --rounds 1 --make-up
 
 .venv/ready: requirements.txt constraints.txt tools/bootstrap
 	tools/bootstrap .venv

@@ -183,6 +183,10 @@ class Keeper:
 
     def _look_after(self, tier: TierConfig, state: TierState, job: slurm.Job) -> None:
         state.job = job.id
+        if state.held:
+            # Who held the tier took it back: as the service user, or there would be no job.
+            say(f"{tier.tier}: no longer held, job {job.id} was submitted by hand")
+            state.held, state.why = False, ""
         where = f" on {job.nodes}" if job.state == "RUNNING" else ""
         reason = f" ({job.reason})" if job.state == "PENDING" and job.reason not in ("", "None") else ""
         self.changes.say(tier.tier, f"{tier.tier}: job {job.id} is {job.state.lower()}{where}{reason}")
@@ -190,7 +194,7 @@ class Keeper:
             if job.run_seconds >= GOOD_RUN_SECONDS:
                 state.failures = 0
             return
-        if job.state != "PENDING" or state.held:
+        if job.state != "PENDING":
             return
         if job.reason == "BeginTime":
             slurm.start_now(job.id)

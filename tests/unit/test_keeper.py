@@ -206,6 +206,17 @@ def test_held_tier_is_left_alone_until_it_is_started(site: Site) -> None:
     assert site.submissions == 2
 
 
+def test_job_submitted_by_hand_ends_the_hold(site: Site) -> None:
+    running(site).ended(state="CANCELLED")
+    site.place.set(site.place.slurm / "accounting", f"CANCELLED by {os.getuid() + 1}\n")
+    site.poll(3)
+    assert site.state.held
+    site.queue(queue_line(state="PENDING", nodes="", reason="(Resources)"))
+    site.poll()
+    assert not site.state.held
+    assert site.submissions == 1
+
+
 def test_hold_by_slurm_is_released_after_a_pause(site: Site) -> None:
     running(site)
     line = queue_line(state="PENDING", restarts="1", nodes="", reason="(launch failed requeued held)")
