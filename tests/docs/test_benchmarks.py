@@ -53,7 +53,8 @@ def test_one_bad_stream_misses_the_bar(bad: gateway.Stream) -> None:
 
 
 def test_bring_up_says_which_bar_is_missed() -> None:
-    figures = bring_up.Figures([9.0], [119.0, 121.0, 140.0], [200.0], [60.0], [(1.0, "a task")], {"from nothing": 1.0})
+    figures = bring_up.Figures([9.0], [119.0, 121.0, 140.0], [200.0], [60.0], [(1.5, "role : file | A task")])
     text = bring_up.bring_up_report({"date": "today"}, figures, "Slurm")
     assert "| 3 | 121.0 | 119.0 121.0 140.0 | 120 s: missed |" in text
     assert "| 1 | 60.0 | 60.0 | 60 s: met |" in text
+    assert "| role : file \\| A task | 1.5 |" in text

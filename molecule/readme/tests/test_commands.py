@@ -1,0 +1,59 @@
+"""The README's commands, on a lab that serves. A command without a line in PRINTS fails."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.docs import readme
+from tests.lab import cluster
+from tests.lab.ansible import ROOT
+
+# What is expected of each command, by its beginning.
+PRINTS = {
+    ".venv/bin/ansible-playbook -i inventories/SITE playbooks/validate.yml": r"failed=0",
+    ".venv/bin/ansible-playbook -i inventories/SITE site.yml": r"vasp-03 .* changed=0 +unreachable=0 +failed=0",
+    "curl -s http://10.213.0.10:8080/health": r'\{"status":"ok"\}',
+    "curl -s http://10.213.0.10:8080/v1/models": r'"smollm2-135m-instruct-q4_1"',
+    "gleaner status": r"fast +serving",
+    "squeue": r"llama-14",
+    "sinfo": r"vasp-03",
+    "journalctl -u gleaner-keeper": r"fast: job \d+",
+    "journalctl -u gleaner-upstream": r"fast: ",
+    "tail -n 20 /cluster/shared/ai/logs/$(": r"\S",
+    "tail -n 20 /cluster/shared/ai/logs/llama-14b.log": r"",
+    "cat /cluster/shared/ai/endpoints/fast.json": r'"host":"vasp-02"',
+    "tail -n 5 /var/log/nginx/ai-inference-fast.access.log": r"/health",
+    "systemctl restart": r"",
+}
+
+
+@pytest.fixture(autouse=True)
+def _served() -> None:
+    cluster.wait_served()
+
+
+def wanted(command: str) -> str:
+    """The most exact line for a command."""
+    return PRINTS[max((begin for begin in PRINTS if command.startswith(begin)), key=len)]
+
+
+@pytest.mark.parametrize("command", readme.on_this_machine())
+def test_command_on_this_machine(command: str) -> None:
+    mine = (
+        command.replace(".venv/bin/", f"{Path(sys.executable).parent}/")
+        .replace("inventories/SITE", "inventories/lab")
+        .replace("http://10.213.0.10:", f"http://{cluster.address(cluster.CONTROLLER)}:")
+    )
+    done = subprocess.run(mine, shell=True, cwd=ROOT, check=False, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(wanted(command), done.stdout), done.stdout
+
+
+@pytest.mark.parametrize("command", readme.on_the_controller())
+def test_command_on_the_controller(command: str) -> None:
+    assert re.search(wanted(command), cluster.run(cluster.CONTROLLER, command))

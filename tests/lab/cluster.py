@@ -1,0 +1,231 @@
+"""The lab's cluster as its users and its administrator meet it: over ssh, Slurm's commands, and HTTP."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, TypeVar
+
+import testinfra
+from testinfra.host import Host
+
+from tests.lab.ansible import LAB_ID, ROOT
+
+CONTROLLER = "slurm-ctl"
+NODES = ("vasp-01", "vasp-02", "vasp-03")
+HOSTS = (CONTROLLER, *NODES)
+OCTETS = dict(zip(HOSTS, range(10, 14)))
+
+# The tier fast of inventories/lab.
+TIER_NODE = "vasp-02"
+JOB_NAME = "llama-14b"
+SERVICE_USER = "ai-inference"
+PORT = 8080
+SMOLLM2, GEMMA3, TINY = "smollm2-135m-instruct-q4_1", "gemma-3-270m-q4_k_m", "tiny-random-llama-f16"
+REGISTRY = "/cluster/shared/ai/endpoints"
+
+# A tier that lost its server, its job or its gateway is back by then, without a human.
+BACK_SECONDS = 90.0
+# No answer of a gateway whose tier is away takes longer: nothing hangs.
+ANSWER_SECONDS = 5.0
+
+T = TypeVar("T")
+
+
+def address(name: str) -> str:
+    return f"10.213.{LAB_ID}.{OCTETS[name]}"
+
+
+@cache
+def host(name: str) -> Host:
+    """A host of the lab, over ssh as its administrator."""
+    return testinfra.get_host(
+        f"ssh://{name}", ssh_config=str(ROOT / f".lab/ssh_config-{LAB_ID}"), controlpath="~/.ansible/cp/gleaner-%%C"
+    )
+
+
+def forget(name: str) -> None:
+    """End the ssh connection that is kept open to a host, which is to be another machine."""
+    config = str(ROOT / f".lab/ssh_config-{LAB_ID}")
+    subprocess.run(
+        ["ssh", "-F", config, "-o", "ControlPath=~/.ansible/cp/gleaner-%C", "-O", "exit", name],
+        check=False,
+        capture_output=True,
+    )
+
+
+def run(name: str, command: str) -> str:
+    """What a command prints on a host; it has to succeed."""
+    done = host(name).run(command)
+    assert done.rc == 0, f"{name}: {command}: exit code {done.rc}\n{done.stdout}{done.stderr}"
+    return str(done.stdout).strip()
+
+
+def wait_until(what: str, claim: Callable[[], T | None], seconds: float = BACK_SECONDS, every: float = 0.25) -> T:
+    """Ask until the claim is true and give its value; AssertionError names what never came."""
+    deadline = time.monotonic() + seconds
+    while not (value := claim()):
+        assert time.monotonic() < deadline, f"not within {seconds:g} s: {what}"
+        time.sleep(every)
+    return value
+
+
+# Slurm
+
+
+@dataclass(frozen=True)
+class Job:
+    id: int
+    name: str
+    user: str
+    state: str
+    node: str
+    qos: str
+    account: str
+    restarts: int
+
+
+def jobs() -> list[Job]:
+    form = "JobID:|,Name:|,UserName:|,State:|,NodeList:|,QOS:|,Account:|,RestartCnt"
+    found = []
+    for line in run(CONTROLLER, f"squeue --noheader --Format='{form}'").splitlines():
+        job, name, user, state, node, qos, account, restarts = (field.strip() for field in line.split("|"))
+        found.append(Job(int(job), name, user, state, node, qos, account, int(restarts)))
+    return found
+
+
+def tier_job() -> Job | None:
+    """The tier's job, running or waiting."""
+    return next((job for job in jobs() if job.name == JOB_NAME and job.state != "COMPLETING"), None)
+
+
+def running_job() -> Job:
+    return wait_until(f"{JOB_NAME} is running", lambda: job if (job := tier_job()) and job.state == "RUNNING" else None)
+
+
+def submit(command: str) -> int:
+    """An ordinary user's sbatch; gives the job's id."""
+    return int(run(CONTROLLER, f"runuser -u alice -- sbatch --parsable --chdir=/tmp --output=/dev/null {command}"))
+
+
+def cancel(job: int) -> None:
+    run(CONTROLLER, f"scancel {job}")
+
+
+def pids(name: str, command: str, user: str = SERVICE_USER) -> list[int]:
+    """Processes of a user on a host whose command line has this, the oldest first."""
+    found = host(name).run(f"pgrep --uid {user} --full '{command}'")
+    return [int(pid) for pid in found.stdout.split()]
+
+
+def router_pid() -> int:
+    """llama-server in router mode; the models are in its children."""
+    (pid,) = pids(TIER_NODE, "llama-server --models-dir")
+    return pid
+
+
+def model_pid(model: str) -> int:
+    (pid,) = pids(TIER_NODE, f"llama-server .*--alias {model} ")
+    return pid
+
+
+# HTTP
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An HTTP answer; status 0 when nobody listened."""
+
+    status: int
+    headers: dict[str, str]
+    body: bytes
+    seconds: float
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+
+def ask(path: str, body: object = None, method: str = "", timeout: float = 120.0) -> Answer:
+    """One request to the gateway."""
+    start = time.monotonic()
+    connection = http.client.HTTPConnection(address(CONTROLLER), PORT, timeout=timeout)
+    try:
+        data = body if isinstance(body, bytes) else None if body is None else json.dumps(body)
+        connection.request(
+            method or ("GET" if body is None else "POST"), path, data, {"Content-Type": "application/json"}
+        )
+        response = connection.getresponse()
+        content = response.read()
+    except (ConnectionRefusedError, ConnectionResetError, http.client.RemoteDisconnected):
+        return Answer(0, {}, b"", time.monotonic() - start)
+    finally:
+        connection.close()
+    headers = {name.lower(): value for name, value in response.getheaders()}
+    return Answer(response.status, headers, content, time.monotonic() - start)
+
+
+def complete(model: str, tokens: int = 1) -> Answer:
+    return ask("/v1/completions", {"model": model, "prompt": "Once upon a time", "max_tokens": tokens})
+
+
+def model_states() -> dict[str, str]:
+    return {entry["id"]: entry["status"]["value"] for entry in ask("/v1/models").json["data"]}
+
+
+def assert_away(answer: Answer) -> None:
+    """What a client is told while a tier is away: promptly, as JSON, and when to come back."""
+    assert answer.status == 503, answer
+    assert answer.seconds < ANSWER_SECONDS, answer
+    assert answer.headers["content-type"].startswith("application/json"), answer
+    error = answer.json["error"]
+    assert error["message"], answer
+    assert error["type"] == "unavailable_error", answer
+    assert error["code"] == 503, answer
+
+
+def wait_served(seconds: float = BACK_SECONDS) -> None:
+    """The tier answers, and what it answered before then was fit for clients."""
+    watch(lambda answers: answers[-1].status == 200, seconds)
+
+
+def watch(done: Callable[[list[Answer]], bool], seconds: float = BACK_SECONDS, refused: bool = False) -> list[Answer]:
+    """Ask /health again and again until done; whatever is not 200 has to be a proper 503.
+
+    `refused`: nobody listening is allowed, too, since the test itself restarts nginx.
+    """
+    answers: list[Answer] = []
+    deadline = time.monotonic() + seconds
+    while not answers or not done(answers):
+        assert time.monotonic() < deadline, f"not done within {seconds:g} s; the last answer: {answers[-1:]}"
+        answer = ask("/health", timeout=ANSWER_SECONDS)
+        if answer.status != 200 and not (refused and answer.status == 0):
+            assert_away(answer)
+        answers.append(answer)
+        time.sleep(0.1)
+    return answers
+
+
+def away_and_back(seconds: float = BACK_SECONDS) -> list[Answer]:
+    """Watch the tier go and come back."""
+    return watch(lambda answers: answers[-1].status == 200 and any(a.status == 503 for a in answers), seconds)
+
+
+@contextmanager
+def tier_stopped() -> Iterator[None]:
+    """No keeper and no job: the tier is away until the end of the block."""
+    run(CONTROLLER, "systemctl stop gleaner-keeper")
+    try:
+        run(CONTROLLER, f"runuser -u {SERVICE_USER} -- scancel --name={JOB_NAME}")
+        wait_until("the job is gone", lambda: not any(job.name == JOB_NAME for job in jobs()))
+        wait_until("the gateway has noticed", lambda: ask("/health").status == 503)
+        yield
+    finally:
+        run(CONTROLLER, "systemctl start gleaner-keeper")
+        wait_served()
