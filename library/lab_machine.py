@@ -177,9 +177,9 @@ class Machine:
                 run("umount", str(remains))
             if remains.is_dir():
                 remains.rmdir()
-        for group in self._cgroups():
-            for folder, _, _ in os.walk(group, topdown=False):
-                os.rmdir(folder)
+        # A process that is dying is in no list any more, and yet its group is busy until it is reaped.
+        if not wait_until(self._cgroups_removed, 5.0):
+            raise LabError(f"its cgroups cannot be removed: {', '.join(map(str, self._cgroups()))}")
         if os.path.ismount(self.root):
             run("umount", "--lazy", str(self.root))
 
@@ -188,6 +188,15 @@ class Machine:
         top = Path("/sys/fs/cgroup")
         groups = [folder / self.process.unit for folder in (top, *top.iterdir())]
         return sorted({group.resolve() for group in groups if group.is_dir()})
+
+    def _cgroups_removed(self) -> bool:
+        try:
+            for group in self._cgroups():
+                for folder, _, _ in os.walk(group, topdown=False):
+                    os.rmdir(folder)
+        except OSError:
+            return False
+        return True
 
     def _no_process_left(self) -> bool:
         """End every process in the host's own network namespace and cgroups, which tell them from all others."""

@@ -40,8 +40,3 @@ def test_a_replaced_node_is_brought_back_by_a_run_limited_to_it() -> None:
     assert cluster.complete(SMOLLM2).status == 200
     assert cluster.running_job().node == TIER_NODE
     assert run(TIER_NODE, "systemctl is-active slurmd munge gleaner-firewall").split() == ["active"] * 3
-
-
-def test_after_the_replacement_a_whole_run_changes_nothing() -> None:
-    again = succeed("site.yml")
-    assert again.changed == NOTHING, again.output
