@@ -41,7 +41,7 @@ def main() -> None:
 
     print(f"Waiting for the fast tier at {url}", flush=True)
     wait_until_served(client)
-    question = "Name three colours."
+    question = "What is the capital of France?"
     answer = client.chat.completions.create(
         model=MODEL,
         messages=[
