@@ -41,11 +41,11 @@ def main() -> None:
 
     print(f"Waiting for the fast tier at {url}", flush=True)
     wait_until_served(client)
-    question = "What is the capital of France?"
+    question = "What is a GPU?"
     answer = client.chat.completions.create(
         model=MODEL,
         messages=[
-            {"role": "system", "content": "You are a helpful assistant."},
+            {"role": "system", "content": "You are helpful."},
             {"role": "user", "content": question},
         ],
         max_tokens=40,
