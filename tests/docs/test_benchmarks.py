@@ -30,6 +30,11 @@ def test_the_document_has_a_place_for_each_section(section: str) -> None:
     assert report.replace(report.DOCUMENT.read_text(), section, "figures")
 
 
+def test_a_noisy_run_tells_nothing() -> None:
+    figures = {"direct": [27.4, 27.4], "direct again": [18.0, 18.0], "gateway": [19.7, 19.7]}
+    assert gateway.verdict(figures).startswith("untold")
+
+
 @pytest.mark.parametrize(("gateway_ms", "verdict"), [([6.0, 5.9], "met"), ([6.1, 6.1], "missed")])
 def test_the_gateway_may_add_a_millisecond_to_the_median(gateway_ms: list[float], verdict: str) -> None:
     figures = {"direct": [5.0, 5.0], "direct again": [5.0, 5.0], "gateway": gateway_ms}
