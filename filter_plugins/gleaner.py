@@ -82,6 +82,19 @@ def slurm_policy_gap(show_config: str, version: str) -> list[str]:
     return slurmconf.policy_gap(str(show_config), str(version))
 
 
+def slurm_partition_gap(
+    show_partition: str, nodes: str, wanted: Iterable[Mapping[str, Any]], site_nodes: Iterable[str]
+) -> list[str]:
+    nodes_of: dict[str, list[str]] = {}
+    for partition, node in (line.split() for line in str(nodes).splitlines() if line.strip()):
+        nodes_of.setdefault(partition, []).append(node)
+    return slurmconf.partition_gap(str(show_partition), nodes_of, _plain(list(wanted)), _plain(list(site_nodes)))
+
+
+def slurm_conf_with(text: str, lines: Iterable[str], partitions: Iterable[str] = ()) -> str:
+    return slurmconf.with_lines(str(text), _plain(list(lines)), _plain(list(partitions)))
+
+
 def slurm_accounting_policy(
     ai: Mapping[str, Any], paying: Mapping[str, Any], grace_seconds: int
 ) -> dict[str, list[dict[str, Any]]]:
@@ -97,6 +110,8 @@ class FilterModule:
             "site_plans": site_plans,
             "site_problems": site_problems,
             "slurm_accounting_policy": slurm_accounting_policy,
+            "slurm_conf_with": slurm_conf_with,
+            "slurm_partition_gap": slurm_partition_gap,
             "slurm_policy_gap": slurm_policy_gap,
             "slurm_preemption_settings": slurm_preemption_settings,
             "slurm_version_of": slurm_version_of,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 # Since 23.02 the preempt_* options of other keys live in PreemptParameters, without their prefix; the old
@@ -95,6 +95,87 @@ def policy_gap(show_config: str, version: str) -> list[str]:
     if live.get("JobRequeue", "1") in ("0", "no"):
         lines.append("JobRequeue=1")
     return lines
+
+
+def partition_gap(
+    show_partition: str, nodes_of: Mapping[str, Iterable[str]], wanted: Iterable[Mapping[str, Any]], site: Iterable[str]
+) -> list[str]:
+    """The partition lines that slurm.conf lacks, as they must read; empty for none.
+
+    ``show_partition`` is the output of ``scontrol --oneliner show partition``, ``nodes_of`` the node names of each
+    partition, ``wanted`` has ``name`` and ``qos`` (a list) of each partition that is needed, ``site`` the nodes of
+    the inventory. Of a partition that exists only what must change is named: ``Nodes`` where the partition of
+    opportunistic jobs (``site_only``) holds nodes that nothing was installed on, ``AllowQos`` where it admits
+    others. Raises ValueError when a line of ``show_partition`` is no partition.
+    """
+    live: dict[str, dict[str, str]] = {}
+    for line in filter(None, map(str.strip, show_partition.splitlines())):
+        if line.startswith("No partitions"):
+            continue
+        fields = dict(word.partition("=")[::2] for word in line.split())
+        if "PartitionName" not in fields:
+            raise ValueError(f"this is not the output of `scontrol --oneliner show partition`: {line!r}")
+        live[fields["PartitionName"]] = fields
+    ours = list(site)
+    lines: list[str] = []
+    for partition in wanted:
+        name, qos = str(partition["name"]), [str(one) for one in partition["qos"]]
+        allowed = f"AllowQos={','.join(qos)}"
+        if name not in live:
+            lines.append(f"PartitionName={name} Nodes={','.join(ours)} {allowed} MaxTime=INFINITE State=UP")
+            continue
+        changes = []
+        if partition.get("site_only") and set(nodes_of.get(name, ())) - set(ours):
+            changes.append(f"Nodes={','.join(ours)}")
+        if set(_options(live[name].get("AllowQos", "ALL"))) != set(qos):
+            changes.append(allowed)
+        if changes:
+            lines.append(f"PartitionName={name} {' '.join(changes)}")
+    return lines
+
+
+def with_lines(text: str, lines: Iterable[str], live_partitions: Iterable[str] = ()) -> str:
+    """The text of a slurm.conf in which these lines hold; all others stay as they are.
+
+    A line replaces those of its key; the options of a partition's line replace the same options of its partition. A
+    new key stands before the first node, a new partition at the end. Raises ValueError for a partition that Slurm
+    knows (``live_partitions``) but this file does not: it is defined in a file that this one includes.
+    """
+    rows = text.splitlines()
+    known = [name.lower() for name in live_partitions]
+    for line in lines:
+        key, _, value = line.partition("=")
+        if key != "PartitionName":
+            mine = re.compile(rf"\s*{re.escape(key)}\s*=", re.IGNORECASE)
+            at = next((number for number, row in enumerate(rows) if mine.match(row)), None)
+            rows = [row for number, row in enumerate(rows) if number == at or not mine.match(row)]
+            if at is None:
+                first = re.compile(r"\s*(NodeName|NodeSet|PartitionName|DownNodes|Include)\b", re.IGNORECASE)
+                at = next((number for number, row in enumerate(rows) if first.match(row)), len(rows))
+                rows.insert(at, line)
+            rows[at] = line
+            continue
+        name, *options = value.split()
+        mine = re.compile(rf"\s*PartitionName\s*=\s*{re.escape(name)}(\s|$)", re.IGNORECASE)
+        start = next((number for number, row in enumerate(rows) if mine.match(row)), None)
+        if start is None:
+            if name.lower() in known:
+                raise ValueError(
+                    f"partition {name} is not defined in this file but in one that it includes; wanted there: {line}"
+                )
+            rows.append(line)
+            continue
+        end = start
+        while rows[end].endswith("\\") and end + 1 < len(rows):
+            end += 1
+        whole = " ".join(row.rstrip("\\").strip() for row in rows[start : end + 1])
+        for option in options:
+            found = re.compile(rf"(?<=\s){re.escape(option.partition('=')[0])}=\S+", re.IGNORECASE)
+            # Nothing in a value of slurm.conf is a group of a pattern, but it may hold backslashes.
+            escaped = option.replace("\\", r"\\")
+            whole = found.sub(escaped, whole) if found.search(whole) else f"{whole} {option}"
+        rows[start : end + 1] = [whole]
+    return "\n".join(rows) + "\n"
 
 
 def accounting_policy(

@@ -366,7 +366,10 @@ def stage(spec: Spec) -> int:
 
 
 def reload(config: upstream.Config, tier_name: str, expect: list[str], timeout_seconds: float) -> int:
-    """Have the tier's running router read its folder again, and wait until it lists what is expected."""
+    """Have the tier's running router read its folder again, and wait until it lists what is expected.
+
+    Says what it "newly serves", if anything: a model staged by a run that failed later is announced by the next.
+    """
     tier = next((one for one in config.tiers if one.tier == tier_name), None)
     if tier is None:
         have = ", ".join(one.tier for one in config.tiers)
@@ -380,9 +383,13 @@ def reload(config: upstream.Config, tier_name: str, expect: list[str], timeout_s
     address = address_of(tier, reading)
     deadline = time.monotonic() + timeout_seconds
     missing = set(expect)
+    before: set[str] | None = None
     while True:
         try:
-            missing = set(expect) - listed(address, tier.node_port, deadline - time.monotonic())
+            if before is None:
+                before = listed(address, tier.node_port, "", deadline - time.monotonic())
+            after = listed(address, tier.node_port, "?reload=1", deadline - time.monotonic())
+            missing = set(expect) - after
         except ConnectionRefusedError:
             print(f"{tier_name} is not running: it will read the folder when it starts")
             return 0
@@ -395,8 +402,9 @@ def reload(config: upstream.Config, tier_name: str, expect: list[str], timeout_s
                 raise StageError(f"http://{address}:{tier.node_port}/v1/models: {error}") from None
         else:
             if not missing:
-                what = ", ".join(sorted(expect)) or "what its folder holds"
-                print(f"{tier_name} on {reading.host} serves {what}")
+                print(f"{tier_name} on {reading.host} serves {', '.join(sorted(after)) or 'no model'}")
+                if after - before:
+                    print(f"newly serves {', '.join(sorted(after - before))}")
                 return 0
         if time.monotonic() >= deadline:
             raise StageError(
@@ -421,11 +429,11 @@ def address_of(tier: upstream.TierConfig, reading: Record) -> str:
     return tier.nodes[reading.host]
 
 
-def listed(address: str, port: int, timeout_seconds: float) -> set[str]:
-    """The model ids that the router lists after reading its folder again."""
+def listed(address: str, port: int, query: str, timeout_seconds: float) -> set[str]:
+    """The model ids that the router lists; with the query ``?reload=1`` after reading its folder again."""
     connection = http.client.HTTPConnection(address, port, timeout=max(timeout_seconds, 1.0))
     try:
-        connection.request("GET", "/v1/models?reload=1")
+        connection.request("GET", f"/v1/models{query}")
         response = connection.getresponse()
         body = response.read()
     finally:

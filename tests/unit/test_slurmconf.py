@@ -135,3 +135,86 @@ def test_each_lack_is_one_exact_line(key: str, value: str, line: str) -> None:
 def test_anything_else_than_the_configuration_is_an_error(text: str) -> None:
     with pytest.raises(ValueError, match="not the output of `scontrol show config`"):
         slurmconf.policy_gap(text, "24.11.5")
+
+
+PARTITIONS = """\
+PartitionName=gpu_vasp AllowGroups=ALL AllowAccounts=ALL AllowQos=vasp_priority Default=YES Nodes=vasp-[01-03] State=UP
+PartitionName=gpu_ai AllowGroups=ALL AllowAccounts=ALL AllowQos=ai_opportunistic Default=NO Nodes=vasp-[01-03] State=UP
+"""
+NODES = {"gpu_vasp": ["vasp-01", "vasp-02", "vasp-04"], "gpu_ai": ["vasp-01", "vasp-02"]}
+WANTED = [
+    {"name": "gpu_vasp", "qos": ["vasp_priority"], "default": True},
+    {"name": "gpu_ai", "qos": ["ai_opportunistic"], "site_only": True},
+]
+SITE = ["vasp-01", "vasp-02"]
+
+
+def test_partitions_that_are_right_lack_nothing() -> None:
+    assert slurmconf.partition_gap(PARTITIONS, NODES, WANTED, SITE) == []
+
+
+@pytest.mark.parametrize("live", ["", "No partitions in the system\n"])
+def test_missing_partitions_are_whole_lines(live: str) -> None:
+    assert slurmconf.partition_gap(live, {}, WANTED, SITE) == [
+        "PartitionName=gpu_vasp Nodes=vasp-01,vasp-02 AllowQos=vasp_priority MaxTime=INFINITE State=UP",
+        "PartitionName=gpu_ai Nodes=vasp-01,vasp-02 AllowQos=ai_opportunistic MaxTime=INFINITE State=UP",
+    ]
+
+
+def test_a_partition_that_admits_others_is_told_its_qos() -> None:
+    live = PARTITIONS.replace("AllowQos=vasp_priority", "AllowQos=ALL")
+    assert slurmconf.partition_gap(live, NODES, WANTED, SITE) == ["PartitionName=gpu_vasp AllowQos=vasp_priority"]
+
+
+def test_our_partition_holds_no_node_that_nothing_was_installed_on() -> None:
+    nodes = NODES | {"gpu_ai": ["vasp-01", "vasp-02", "vasp-04"]}
+    assert slurmconf.partition_gap(PARTITIONS, nodes, WANTED, SITE) == ["PartitionName=gpu_ai Nodes=vasp-01,vasp-02"]
+
+
+def test_anything_else_than_partitions_is_an_error() -> None:
+    with pytest.raises(ValueError, match="not the output of `scontrol --oneliner show partition`"):
+        slurmconf.partition_gap("slurm_load_partitions: Unable to contact slurm controller", {}, WANTED, SITE)
+
+
+FILE = """\
+# the site's own
+preemptmode = off
+GresTypes=gpu
+NodeName=vasp-[01-03] CPUs=40
+PartitionName=debug Nodes=ALL
+PartitionName=gpu_vasp Nodes=ALL \\
+   allowqos=normal,vasp_priority MaxTime=7-0
+"""
+
+
+def test_lines_replace_their_key_and_new_ones_stand_before_the_nodes() -> None:
+    text = slurmconf.with_lines(FILE, ["PreemptMode=REQUEUE", "PreemptType=preempt/qos"])
+    assert text.splitlines()[:5] == [
+        "# the site's own",
+        "PreemptMode=REQUEUE",
+        "GresTypes=gpu",
+        "PreemptType=preempt/qos",
+        "NodeName=vasp-[01-03] CPUs=40",
+    ]
+
+
+def test_a_partition_keeps_its_other_options() -> None:
+    text = slurmconf.with_lines(FILE, ["PartitionName=gpu_vasp AllowQos=vasp_priority State=UP"], ["gpu_vasp", "debug"])
+    assert text.splitlines()[-1] == ("PartitionName=gpu_vasp Nodes=ALL AllowQos=vasp_priority MaxTime=7-0 State=UP")
+    assert "PartitionName=debug Nodes=ALL" in text
+
+
+def test_a_new_partition_is_added_at_the_end() -> None:
+    line = "PartitionName=gpu_ai Nodes=vasp-01 AllowQos=ai_opportunistic"
+    assert slurmconf.with_lines(FILE, [line], ["gpu_vasp", "debug"]).splitlines()[-1] == line
+
+
+def test_a_partition_of_an_included_file_is_not_defined_twice() -> None:
+    with pytest.raises(ValueError, match="partition gpu_ai is not defined in this file"):
+        slurmconf.with_lines(FILE, ["PartitionName=gpu_ai AllowQos=ai_opportunistic"], ["gpu_ai"])
+
+
+def test_lines_that_hold_change_nothing() -> None:
+    lines = ["PreemptMode=REQUEUE", "PartitionName=gpu_vasp AllowQos=vasp_priority", "JobRequeue=1"]
+    once = slurmconf.with_lines(FILE, lines)
+    assert slurmconf.with_lines(once, lines) == once

@@ -323,8 +323,8 @@ class Routing:
 
         class Handler(http.server.BaseHTTPRequestHandler):
             def do_GET(self) -> None:
-                routing.asked += 1
-                assert self.path == "/v1/models?reload=1"
+                assert self.path in ("/v1/models", "/v1/models?reload=1")
+                routing.asked += self.path.endswith("?reload=1")
                 if routing.asked >= 2:
                     routing.ids = ["one", "two"]
                 body = json.dumps({"data": [{"id": name} for name in routing.ids]}).encode()
@@ -362,7 +362,14 @@ def test_reload_waits_for_the_model(routing: Routing, capsys: pytest.CaptureFixt
     routing.publish()
     assert stage.reload(routing.config, "fast", ["two"], 5) == 0
     assert routing.asked == 2
-    assert "fast on vasp-02 serves two" in capsys.readouterr().out
+    assert "fast on vasp-02 serves one, two\nnewly serves two\n" in capsys.readouterr().out
+
+
+def test_reload_of_what_is_listed_already_is_no_news(routing: Routing, capsys: pytest.CaptureFixture[str]) -> None:
+    routing.publish()
+    assert stage.reload(routing.config, "fast", [], 5) == 0
+    assert routing.asked == 1
+    assert capsys.readouterr().out == "fast on vasp-02 serves one\n"
 
 
 def test_reload_of_a_tier_that_is_not_running_is_fine(routing: Routing, capsys: pytest.CaptureFixture[str]) -> None:

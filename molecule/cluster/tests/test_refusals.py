@@ -16,9 +16,10 @@ PREEMPTION = "PreemptMode=REQUEUE"
 
 @pytest.fixture
 def foreign_cluster() -> Iterator[None]:
-    """A cluster whose administrator has not heard of preemption."""
+    """A cluster whose administrator has not heard of preemption, nor of our partition."""
     run(CONTROLLER, f"cp --preserve {SLURM_CONF} /root/slurm.conf")
-    run(CONTROLLER, f"sed -i 's/^Preempt/#&/' {SLURM_CONF} && systemctl restart slurmctld")
+    edits = "s/^Preempt/#&/; /^PartitionName=gpu_ai/d; s/AllowQos=vasp_priority/AllowQos=ALL/"
+    run(CONTROLLER, f"sed -i '{edits}' {SLURM_CONF} && systemctl restart slurmctld")
     yield
     run(CONTROLLER, f"mv /root/slurm.conf {SLURM_CONF} && rm -f {SLURM_CONF}.*~ && systemctl restart slurmctld")
     cluster.wait_served()
@@ -38,7 +39,13 @@ def test_a_cluster_managed_elsewhere_is_told_its_missing_lines_and_changed_only_
     refused = playbook("playbooks/cluster.yml", "-e", '{"slurm_manage_cluster": false}')
     assert refused.code != 0
     assert refused.failed == {CONTROLLER}
-    for line in ("PreemptType=preempt/qos", PREEMPTION, "PreemptParameters=send_user_signal"):
+    for line in (
+        "PreemptType=preempt/qos",
+        PREEMPTION,
+        "PreemptParameters=send_user_signal",
+        "PartitionName=gpu_vasp AllowQos=vasp_priority",
+        "PartitionName=gpu_ai Nodes=vasp-01,vasp-02,vasp-03 AllowQos=ai_opportunistic",
+    ):
         assert line in refused.output, refused.output
     assert "slurm_apply_policy=true" in refused.output
     assert refused.changed[CONTROLLER] == 0
@@ -47,6 +54,12 @@ def test_a_cluster_managed_elsewhere_is_told_its_missing_lines_and_changed_only_
     applied = playbook("playbooks/cluster.yml", "-e", '{"slurm_manage_cluster": false, "slurm_apply_policy": true}')
     assert applied.code == 0, applied.output
     assert preempt_mode() == "REQUEUE"
+    partitions = run(CONTROLLER, "sinfo --noheader --format='%R %D'").splitlines()
+    assert sorted(partitions) == ["gpu_ai 3", "gpu_vasp 3"]
+
+    again = playbook("playbooks/cluster.yml", "-e", '{"slurm_manage_cluster": false}')
+    assert again.code == 0, again.output
+    assert set(again.changed.values()) == {0}
 
 
 def test_a_host_that_does_not_see_the_shared_folder_is_refused_by_name() -> None:

@@ -18,6 +18,7 @@ from tests.lab.cluster import SMOLLM2, TIER_NODE, TINY, run
 VISIBLE = "/scratch/ai/models"
 OFFERS = "/cluster/shared/offers"
 ADDED = "added-while-serving"
+BESIDE = "beside-the-broken"
 
 
 def offered(name: str, **differences: str) -> dict[str, Any]:
@@ -40,7 +41,7 @@ def offer(tmp_path: Path, *models: dict[str, Any]) -> Run:
 @pytest.fixture(scope="module", autouse=True)
 def _inventory_is_restored() -> Iterator[None]:
     yield
-    run(TIER_NODE, f"rm -rf {OFFERS} {VISIBLE}/{ADDED}.gguf")
+    run(TIER_NODE, f"rm -rf {OFFERS} {VISIBLE}/{{{ADDED},{BESIDE}}}.gguf")
     succeed("playbooks/tiers.yml")
 
 
@@ -60,14 +61,16 @@ def test_corrupt_models_are_refused_by_name_and_break_nothing(tmp_path: Path) ->
         tmp_path,
         offered("broken", source=f"file://{broken}", sha256=broken_sum),
         offered("changed", sha256=wrong_sum),
+        offered(BESIDE),
     )
     assert refused.failed == {TIER_NODE}, refused.output
     assert "broken: " in refused.text
     assert f"changed: sha256: got {offered('x')['sha256']}, want {wrong_sum}" in refused.text
-    assert visible() == before
+    assert visible() == before | {f"{BESIDE}.gguf"}
     assert cluster.router_pid() == server
     assert cluster.complete(SMOLLM2).status == 200
     assert not {"broken", "changed"} & set(cluster.model_states())
+    assert cluster.complete(BESIDE).status == 200, "the good one of a run that failed is served"
 
 
 def test_a_model_added_to_the_inventory_is_served_without_a_restart(tmp_path: Path) -> None:
