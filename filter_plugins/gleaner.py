@@ -83,12 +83,13 @@ def slurm_policy_gap(show_config: str, version: str) -> list[str]:
 
 
 def slurm_partition_gap(
-    show_partition: str, nodes: str, wanted: Iterable[Mapping[str, Any]], site_nodes: Iterable[str]
+    show_partition: str, nodes: str, wanted: Iterable[Mapping[str, Any]], site_nodes: Iterable[str], ai_qos: str
 ) -> list[str]:
     nodes_of: dict[str, list[str]] = {}
     for partition, node in (line.split() for line in str(nodes).splitlines() if line.strip()):
         nodes_of.setdefault(partition, []).append(node)
-    return slurmconf.partition_gap(str(show_partition), nodes_of, _plain(list(wanted)), _plain(list(site_nodes)))
+    ours = _plain(list(site_nodes))
+    return slurmconf.partition_gap(str(show_partition), nodes_of, _plain(list(wanted)), ours, str(ai_qos))
 
 
 def slurm_conf_with(text: str, lines: Iterable[str], partitions: Iterable[str] = ()) -> str:

@@ -98,15 +98,18 @@ def policy_gap(show_config: str, version: str) -> list[str]:
 
 
 def partition_gap(
-    show_partition: str, nodes_of: Mapping[str, Iterable[str]], wanted: Iterable[Mapping[str, Any]], site: Iterable[str]
+    show_partition: str,
+    nodes_of: Mapping[str, Iterable[str]],
+    wanted: Iterable[Mapping[str, Any]],
+    site: Iterable[str],
+    ai_qos: str,
 ) -> list[str]:
     """The partition lines that slurm.conf lacks, as they must read; empty for none.
 
     ``show_partition`` is the output of ``scontrol --oneliner show partition``, ``nodes_of`` the node names of each
     partition, ``wanted`` has ``name`` and ``qos`` (a list) of each partition that is needed, ``site`` the nodes of
-    the inventory. Of a partition that exists only what must change is named: ``Nodes`` where the partition of
-    opportunistic jobs (``site_only``) holds nodes that nothing was installed on, ``AllowQos`` where it admits
-    others. Raises ValueError when a line of ``show_partition`` is no partition.
+    the inventory. Of a partition that exists only what must change is named: ``AllowQos`` where it admits others, and
+    ``Nodes`` where a tier's job (``ai_qos``) could start on nodes that nothing was installed on. Raises ValueError when a line of ``show_partition`` is no partition.
     """
     live: dict[str, dict[str, str]] = {}
     for line in filter(None, map(str.strip, show_partition.splitlines())):
@@ -125,7 +128,7 @@ def partition_gap(
             lines.append(f"PartitionName={name} Nodes={','.join(ours)} {allowed} MaxTime=INFINITE State=UP")
             continue
         changes = []
-        if partition.get("site_only") and set(nodes_of.get(name, ())) - set(ours):
+        if ai_qos in qos and set(nodes_of.get(name, ())) - set(ours):
             changes.append(f"Nodes={','.join(ours)}")
         if set(_options(live[name].get("AllowQos", "ALL"))) != set(qos):
             changes.append(allowed)

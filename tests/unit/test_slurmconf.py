@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from gleaner import slurmconf
@@ -142,20 +144,20 @@ PartitionName=gpu_vasp AllowGroups=ALL AllowAccounts=ALL AllowQos=vasp_priority 
 PartitionName=gpu_ai AllowGroups=ALL AllowAccounts=ALL AllowQos=ai_opportunistic Default=NO Nodes=vasp-[01-03] State=UP
 """
 NODES = {"gpu_vasp": ["vasp-01", "vasp-02", "vasp-04"], "gpu_ai": ["vasp-01", "vasp-02"]}
-WANTED = [
+WANTED: list[dict[str, Any]] = [
     {"name": "gpu_vasp", "qos": ["vasp_priority"], "default": True},
-    {"name": "gpu_ai", "qos": ["ai_opportunistic"], "site_only": True},
+    {"name": "gpu_ai", "qos": ["ai_opportunistic"]},
 ]
 SITE = ["vasp-01", "vasp-02"]
 
 
 def test_partitions_that_are_right_lack_nothing() -> None:
-    assert slurmconf.partition_gap(PARTITIONS, NODES, WANTED, SITE) == []
+    assert slurmconf.partition_gap(PARTITIONS, NODES, WANTED, SITE, "ai_opportunistic") == []
 
 
 @pytest.mark.parametrize("live", ["", "No partitions in the system\n"])
 def test_missing_partitions_are_whole_lines(live: str) -> None:
-    assert slurmconf.partition_gap(live, {}, WANTED, SITE) == [
+    assert slurmconf.partition_gap(live, {}, WANTED, SITE, "ai_opportunistic") == [
         "PartitionName=gpu_vasp Nodes=vasp-01,vasp-02 AllowQos=vasp_priority MaxTime=INFINITE State=UP",
         "PartitionName=gpu_ai Nodes=vasp-01,vasp-02 AllowQos=ai_opportunistic MaxTime=INFINITE State=UP",
     ]
@@ -163,17 +165,23 @@ def test_missing_partitions_are_whole_lines(live: str) -> None:
 
 def test_a_partition_that_admits_others_is_told_its_qos() -> None:
     live = PARTITIONS.replace("AllowQos=vasp_priority", "AllowQos=ALL")
-    assert slurmconf.partition_gap(live, NODES, WANTED, SITE) == ["PartitionName=gpu_vasp AllowQos=vasp_priority"]
+    assert slurmconf.partition_gap(live, NODES, WANTED, SITE, "ai_opportunistic") == [
+        "PartitionName=gpu_vasp AllowQos=vasp_priority"
+    ]
 
 
 def test_our_partition_holds_no_node_that_nothing_was_installed_on() -> None:
     nodes = NODES | {"gpu_ai": ["vasp-01", "vasp-02", "vasp-04"]}
-    assert slurmconf.partition_gap(PARTITIONS, nodes, WANTED, SITE) == ["PartitionName=gpu_ai Nodes=vasp-01,vasp-02"]
+    assert slurmconf.partition_gap(PARTITIONS, nodes, WANTED, SITE, "ai_opportunistic") == [
+        "PartitionName=gpu_ai Nodes=vasp-01,vasp-02"
+    ]
 
 
 def test_anything_else_than_partitions_is_an_error() -> None:
     with pytest.raises(ValueError, match="not the output of `scontrol --oneliner show partition`"):
-        slurmconf.partition_gap("slurm_load_partitions: Unable to contact slurm controller", {}, WANTED, SITE)
+        slurmconf.partition_gap(
+            "slurm_load_partitions: Unable to contact slurm controller", {}, WANTED, SITE, "ai_opportunistic"
+        )
 
 
 FILE = """\
