@@ -1,12 +1,14 @@
 """GGUF headers: the facts that planning needs, read from metadata and tensor table alone.
 
 A header is foreign data: each length is checked against the file's size and a bound before it is used, long
-values are skipped rather than kept, and everything that is wrong is one ``ValueError``.
+values are skipped rather than kept, the bounds hold for all parts of a split model together, and everything
+that is wrong is one ``ValueError``.
 """
 
 from __future__ import annotations
 
 import argparse
+import http.client
 import json
 import os
 import re
@@ -15,8 +17,10 @@ import stat
 import struct
 import sys
 import urllib.error
+import urllib.parse
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Callable, NamedTuple, Union
 
@@ -24,14 +28,18 @@ FACTS_VERSION = 1
 
 MAX_HEADER_BYTES = 128 * 2**20
 MAX_KEYS = 8192
-MAX_KEY_BYTES = 65535
+# GGUF allows 65535; those in use are shorter than a hundred.
+MAX_KEY_BYTES = 1024
 MAX_TENSORS = 65536
 MAX_TENSOR_NAME_BYTES = 63
 MAX_KEPT_STRING_BYTES = 4096
 MAX_KEPT_ARRAY = 1024
+# Keys, and the values of them that are kept.
+MAX_KEPT_BYTES = 2**20
 # The largest vocabularies have about 260,000 tokens and 520,000 merges.
 MAX_ARRAY_STRINGS = 2**21
 MAX_LAYERS = 1024
+MAX_PARTS = 512
 WINDOW_BYTES = 2**20
 HTTP_TIMEOUT_SECONDS = 30
 
@@ -100,6 +108,8 @@ _SCALARS: Mapping[int, struct.Struct] = {
 _U32 = struct.Struct("<I")
 _U64 = struct.Struct("<Q")
 _LAYER = re.compile(r"blk\.(\d{1,9})\.")
+# llama_split_path (src/llama.cpp); a URL may have a query after it.
+_FIRST_PART = re.compile(r"(.+)-00001-of-(\d{5})\.gguf(\?.*)?", re.DOTALL)
 
 Value = Union[int, float, bool, str, "Kept"]
 
@@ -126,13 +136,23 @@ class Header(NamedTuple):
     data_start: int
 
 
+@dataclass
+class _Budget:
+    """What the header of a model may still take, of all its parts together."""
+
+    header_bytes: int = MAX_HEADER_BYTES
+    kept_bytes: int = MAX_KEPT_BYTES
+    strings: int = MAX_ARRAY_STRINGS
+    tensors: int = MAX_TENSORS
+
+
 class _Window:
     """Reads forward through a source of known size, holding one window of it in memory."""
 
-    def __init__(self, size: int, fetch: Callable[[int, int], bytes]) -> None:
+    def __init__(self, size: int, fetch: Callable[[int, int], bytes], limit: int) -> None:
         self.size = size
         self._fetch = fetch
-        self._limit = min(size, MAX_HEADER_BYTES)
+        self._limit = min(size, limit)
         self._start = 0
         self._bytes = b""
         self._at = 0
@@ -147,7 +167,7 @@ class _Window:
                 f"{what} at byte {self.position} takes {count} bytes of {self.size}: the file is truncated"
             )
         if self.position + count > self._limit:
-            raise ValueError(f"{what} ends beyond the first {MAX_HEADER_BYTES} bytes: no header is that long")
+            raise ValueError(f"{what} ends beyond the first {self._limit} bytes: no header is that long")
 
     def take(self, count: int, what: str) -> bytes:
         self._need(count, what)
@@ -167,6 +187,21 @@ class _Window:
             self._at += count
         else:
             self._start, self._at, self._bytes = self.position + count, 0, b""
+
+    def skip_strings(self, count: int, what: str) -> None:
+        window, at = self._bytes, self._at
+        while count:
+            count -= 1
+            # The lengths of a vocabulary are most of a header: those inside the window are read without a call.
+            if at + 8 <= len(window):
+                end = at + 8 + _U64.unpack_from(window, at)[0]
+                if end <= len(window):
+                    at = end
+                    continue
+            self._at = at
+            self.skip(self.u64(what), what)
+            window, at = self._bytes, self._at
+        self._at = at
 
     def u32(self, what: str) -> int:
         return int(_U32.unpack(self.take(4, what))[0])
@@ -194,14 +229,14 @@ def _string(window: _Window, what: str) -> str:
     return window.take(length, what).decode(errors="replace")
 
 
-def _array(window: _Window, what: str) -> Kept:
+def _array(window: _Window, budget: _Budget, what: str) -> Kept:
     kind = window.u32(f"the element type of {what}")
     length = window.u64(f"the length of {what}")
     if kind == _STRING:
-        if length > MAX_ARRAY_STRINGS:
-            raise ValueError(f"{what} has {length} strings; wanted at most {MAX_ARRAY_STRINGS}")
-        for _ in range(length):
-            window.skip(window.u64(what), what)
+        if length > budget.strings:
+            raise ValueError(f"{what} has {length} strings; wanted at most {MAX_ARRAY_STRINGS} in all")
+        budget.strings -= length
+        window.skip_strings(length, what)
         return Kept(length, None)
     scalar = _SCALARS.get(kind)
     if scalar is None:
@@ -213,13 +248,13 @@ def _array(window: _Window, what: str) -> Kept:
     return Kept(length, tuple(number for (number,) in numbers))
 
 
-def _value(window: _Window, key: str) -> Value:
+def _value(window: _Window, budget: _Budget, key: str) -> Value:
     what = f"the value of {key!r}"
     kind = window.u32(f"the type of {key!r}")
     if kind == _STRING:
         return _string(window, what)
     if kind == _ARRAY:
-        return _array(window, what)
+        return _array(window, budget, what)
     scalar = _SCALARS.get(kind)
     if scalar is None:
         raise ValueError(f"{what} has value type {kind}, which GGUF does not know")
@@ -227,14 +262,19 @@ def _value(window: _Window, key: str) -> Value:
     return number
 
 
+def _kept_bytes(value: Value) -> int:
+    if isinstance(value, Kept):
+        return 8 * len(value.numbers or ())
+    return len(value) if isinstance(value, str) else 8
+
+
 def _tensor(window: _Window, index: int) -> Tensor:
     name = _text(window, MAX_TENSOR_NAME_BYTES, f"the name of tensor {index}")
     dimensions = window.u32(f"the dimension count of tensor {name!r}")
     if dimensions > 4:
         raise ValueError(f"tensor {name!r} has {dimensions} dimensions; wanted at most 4")
-    shape = tuple(window.u64(f"the shape of tensor {name!r}") for _ in range(dimensions))
-    kind = window.u32(f"the type of tensor {name!r}")
-    offset = window.u64(f"the offset of tensor {name!r}")
+    rest = window.take(8 * dimensions + 12, f"the shape of tensor {name!r}")
+    *shape, kind, offset = struct.unpack(f"<{dimensions}QIQ", rest)
     block = GGML_TYPES.get(kind)
     if block is None:
         raise ValueError(f"tensor {name!r} has ggml type {kind}, which this version of gleaner does not know")
@@ -242,32 +282,33 @@ def _tensor(window: _Window, index: int) -> Tensor:
     for extent in shape:
         elements *= extent
         if not 0 < elements < 2**63:
-            raise ValueError(f"tensor {name!r} has the impossible shape {list(shape)}")
+            raise ValueError(f"tensor {name!r} has the impossible shape {shape}")
     row = shape[0] if shape else 1
     if row % block.elements:
         raise ValueError(
             f"tensor {name!r} has rows of {row} elements; {block.name} wants a multiple of {block.elements}"
         )
-    return Tensor(name, shape, block, offset, elements // block.elements * block.size)
+    return Tensor(name, tuple(shape), block, offset, elements // block.elements * block.size)
 
 
 def _pad(number: int, multiple: int) -> int:
     return -(-number // multiple) * multiple
 
 
-def _parse(window: _Window) -> Header:
+def _parse(window: _Window, budget: _Budget) -> Header:
     magic = window.take(4, "the magic")
     if magic != b"GGUF":
         raise ValueError(f"not a GGUF file: it starts with {magic!r}, wanted b'GGUF'")
     version = window.u32("the version")
-    if version & 0xFFFF == 0:
+    if version and version & 0xFFFF == 0:
         raise ValueError("a big-endian GGUF file: convert it to little-endian")
     if version not in (2, 3):
         raise ValueError(f"GGUF version {version}; wanted 2 or 3")
     tensor_count = window.u64("the tensor count")
     key_count = window.u64("the key count")
-    if tensor_count > MAX_TENSORS:
-        raise ValueError(f"{tensor_count} tensors; wanted at most {MAX_TENSORS}")
+    if tensor_count > budget.tensors:
+        raise ValueError(f"{tensor_count} tensors; wanted at most {MAX_TENSORS} in all")
+    budget.tensors -= tensor_count
     if key_count > MAX_KEYS:
         raise ValueError(f"{key_count} metadata keys; wanted at most {MAX_KEYS}")
 
@@ -276,11 +317,14 @@ def _parse(window: _Window) -> Header:
         key = _text(window, MAX_KEY_BYTES, f"metadata key {index}")
         if key in metadata:
             raise ValueError(f"metadata key {key!r} appears twice")
-        metadata[key] = _value(window, key)
+        metadata[key] = _value(window, budget, key)
+        budget.kept_bytes -= len(key) + _kept_bytes(metadata[key])
+        if budget.kept_bytes < 0:
+            raise ValueError(f"metadata of more than {MAX_KEPT_BYTES} bytes besides long values: no model has that")
 
     alignment = metadata.get("general.alignment", 32)
     if type(alignment) is not int or not 0 < alignment <= 2**20 or alignment & (alignment - 1):
-        raise ValueError(f"general.alignment is {alignment!r}; wanted a power of two up to {2**20}")
+        raise ValueError(f"general.alignment is {_show(alignment)}; wanted a power of two up to {2**20}")
 
     tensors: list[Tensor] = []
     names: set[str] = set()
@@ -295,6 +339,7 @@ def _parse(window: _Window) -> Header:
         names.add(tensor.name)
         tensors.append(tensor)
         expected = _pad(tensor.offset + tensor.size, alignment)
+    budget.header_bytes -= window.position
     return Header(window.size, metadata, tuple(tensors), _pad(window.position, alignment))
 
 
@@ -314,15 +359,15 @@ def _fetch_range(opener: urllib.request.OpenerDirector, url: str, start: int, co
     request = urllib.request.Request(url, headers={"Range": f"bytes={start}-{start + count - 1}"})
     try:
         with opener.open(request, timeout=HTTP_TIMEOUT_SECONDS) as answer:
-            match = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", answer.headers.get("Content-Range", ""))
+            match = re.fullmatch(r"bytes (\d{1,19})-\d{1,19}/(\d{1,19})", answer.headers.get("Content-Range", ""))
             if answer.status != 206 or match is None or int(match.group(1)) != start:
-                raise ValueError(f"{url}: the server does not serve byte ranges (HTTP {answer.status})")
+                raise ValueError(f"the server does not serve byte ranges (HTTP {answer.status})")
             return answer.read(count), int(match.group(2))
-    except (urllib.error.URLError, OSError) as error:
-        raise ValueError(f"{url}: {getattr(error, 'reason', error)}") from error
+    except (urllib.error.URLError, OSError, http.client.HTTPException) as error:
+        raise ValueError(str(getattr(error, "reason", error)) or type(error).__name__) from error
 
 
-def _read_url(url: str) -> Header:
+def _read_url(url: str, budget: _Budget) -> Header:
     opener = urllib.request.build_opener(
         _NoDowngrade(), urllib.request.HTTPSHandler(context=ssl.create_default_context())
     )
@@ -333,12 +378,17 @@ def _read_url(url: str) -> Header:
             return first[start : start + count]
         return _fetch_range(opener, url, start, count)[0]
 
-    return _parse(_Window(size, fetch))
+    return _parse(_Window(size, fetch, budget.header_bytes), budget)
 
 
-def _read_file(path: Path) -> Header:
+def _open_at_once(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)
+
+
+def _read_file(path: Path, budget: _Budget) -> Header:
     try:
-        with path.open("rb") as file:
+        # Opening a FIFO would wait for its writer.
+        with open(path, "rb", opener=_open_at_once) as file:
             status = os.fstat(file.fileno())
             if not stat.S_ISREG(status.st_mode):
                 raise ValueError("not a regular file")
@@ -347,9 +397,22 @@ def _read_file(path: Path) -> Header:
                 file.seek(start)
                 return file.read(count)
 
-            return _parse(_Window(status.st_size, fetch))
+            return _parse(_Window(status.st_size, fetch, budget.header_bytes), budget)
     except OSError as error:
         raise ValueError(error.strerror or str(error)) from error
+
+
+def _read(source: str, budget: _Budget) -> Header:
+    try:
+        if source.startswith("https://"):
+            return _read_url(source, budget)
+        if source.startswith("file:///"):
+            return _read_file(Path(urllib.parse.unquote(urllib.parse.urlsplit(source).path)), budget)
+        if "://" in source:
+            raise ValueError("wanted a path, file:///… or https://…")
+        return _read_file(Path(source), budget)
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from error
 
 
 def read_header(source: str) -> Header:
@@ -357,22 +420,59 @@ def read_header(source: str) -> Header:
 
     Raises ValueError, naming the source, for all but a sound little-endian GGUF header of version 2 or 3.
     """
+    return _read(source, _Budget())
+
+
+def part_sources(source: str, count: int) -> list[str]:
+    """Where the parts of a split model lie, from the path or URL of the first of ``count`` (src/llama.cpp).
+
+    Raises ValueError when the first part is not called as llama.cpp calls it.
+    """
+    name = _FIRST_PART.fullmatch(source)
+    if name is None or int(name.group(2)) != count:
+        raise ValueError(
+            f"this is part 1 of {count}, but it is not called …-00001-of-{count:05d}.gguf: "
+            "llama.cpp would not find the other parts either"
+        )
+    if count > MAX_PARTS:
+        raise ValueError(f"a model of {count} parts; wanted at most {MAX_PARTS}")
+    return [f"{name.group(1)}-{no:05d}-of-{count:05d}.gguf{name.group(3) or ''}" for no in range(1, count + 1)]
+
+
+def _read_model(source: str) -> list[tuple[str, Header]]:
+    """The header of a model, or of each part of a split one, with the source of each."""
+    budget = _Budget()
+    first = _read(source, budget)
     try:
-        if source.startswith("https://"):
-            return _read_url(source)
-        if "://" in source and not source.startswith("file:///"):
-            raise ValueError("wanted a path, file:///… or https://…")
-        return _read_file(Path(source[len("file://") :] if source.startswith("file:///") else source))
+        count = _parts(first)
+        others = part_sources(source, count)[1:] if count > 1 else []
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from error
+    return [(source, first), *((part, _read(part, budget)) for part in others)]
+
+
+def _show(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:79] + "…"
 
 
 def _whole(header: Header, key: str, default: int | None = None) -> int:
     value = header.metadata.get(key, default)
-    if type(value) is not int or value < 0:
-        got = "missing" if value is None else repr(value)
+    if type(value) is not int or not 0 <= value < 2**63:
+        got = "missing" if value is None else _show(value)
         raise ValueError(f"metadata {key!r} is {got}; wanted a whole number")
     return value
+
+
+def _parts(first: Header) -> int:
+    """How many parts a model has whose first part has this header; 1 when it is not split."""
+    count = _whole(first, "split.count", 1)
+    if count <= 1:
+        return 1
+    no = _whole(first, "split.no")
+    if no:
+        raise ValueError(f"this is part {no + 1} of {count}: inspect the first part")
+    return count
 
 
 def _whole_or_list(header: Header, key: str, layers: int, default: int | list[int] | None = None) -> Any:
@@ -381,26 +481,47 @@ def _whole_or_list(header: Header, key: str, layers: int, default: int | list[in
         value = list(value.numbers)  # type: ignore[arg-type]  # the next test checks each element
     if isinstance(value, list):
         if len(value) != layers or any(type(number) is not int or number < 0 for number in value):
-            raise ValueError(f"metadata {key!r} is {value!r}; wanted {layers} whole numbers")
+            raise ValueError(f"metadata {key!r} is {_show(value)}; wanted {layers} whole numbers")
         return value[0] if value and len(set(value)) == 1 else value
     return _whole(header, key, default if isinstance(default, int) else None)
 
 
-def facts_of(header: Header) -> dict[str, Any]:
-    """The header facts (``v`` 1) of a GGUF header; sizes in bytes, from the tensors' types and shapes."""
+def _tensors(headers: Sequence[Header]) -> list[Tensor]:
+    """The tensors of all parts of a model, once the parts are all there and of one model (as far as they tell)."""
+    count = _parts(headers[0])
+    if len(headers) != count:
+        raise ValueError(f"{len(headers)} parts of a model of {count}; wanted all of them")
+    for no, part in enumerate(headers[1:], 1):
+        if part.metadata.get("split.no") != no or part.metadata.get("split.count") != count:
+            raise ValueError(f"part {no + 1} of {count} is not that part of a split model: get it anew")
+    names: set[str] = set()
+    tensors = [tensor for header in headers for tensor in header.tensors]
+    for tensor in tensors:
+        if tensor.name in names:
+            raise ValueError(f"tensor {tensor.name!r} is in two parts")
+        names.add(tensor.name)
+    if count > 1:
+        wanted = _whole(headers[0], "split.tensors.count")
+        if wanted != len(tensors):
+            raise ValueError(f"{len(tensors)} tensors in {count} parts; the first part wants {wanted}: get them anew")
+    return tensors
+
+
+def facts_of(header: Header, *others: Header) -> dict[str, Any]:
+    """The header facts (``v`` 1) of a model; sizes in bytes, from the tensors' types and shapes.
+
+    ``others`` are the second and later parts of a split model: its facts are those of the whole. Raises
+    ValueError for what no model can be.
+    """
     metadata = header.metadata
-    split = None
-    if "split.count" in metadata:
-        split = {"count": _whole(header, "split.count"), "no": _whole(header, "split.no")}
-        if split["no"]:
-            raise ValueError(f"this is part {split['no'] + 1} of {split['count']}: inspect the first part")
+    tensors = _tensors((header, *others))
     architecture = metadata.get("general.architecture")
-    if not isinstance(architecture, str) or not re.fullmatch(r"[a-z0-9][a-z0-9_.-]*", architecture):
-        raise ValueError(f"metadata 'general.architecture' is {architecture!r}; wanted a name")
+    if not isinstance(architecture, str) or not re.fullmatch(r"[a-z0-9][a-z0-9_.-]{0,63}", architecture):
+        raise ValueError(f"metadata 'general.architecture' is {_show(architecture)}; wanted a name")
 
     layers = _whole(header, f"{architecture}.block_count")
-    if layers > MAX_LAYERS:
-        raise ValueError(f"{layers} layers; wanted at most {MAX_LAYERS}")
+    if not 0 < layers <= MAX_LAYERS:
+        raise ValueError(f"{layers} layers; wanted at most {MAX_LAYERS}, and at least one")
     n_embd = _whole(header, f"{architecture}.embedding_length")
     n_head = _whole_or_list(header, f"{architecture}.attention.head_count", layers, 0)
     heads = max(n_head) if isinstance(n_head, list) else n_head
@@ -411,7 +532,7 @@ def facts_of(header: Header) -> dict[str, Any]:
     vocabulary = metadata.get("tokenizer.ggml.tokens")
     n_vocab = vocabulary.length if isinstance(vocabulary, Kept) else 0
     tied = True
-    for tensor in header.tensors:
+    for tensor in tensors:
         total += tensor.size
         layer = _LAYER.match(tensor.name)
         if layer is not None:
@@ -432,9 +553,9 @@ def facts_of(header: Header) -> dict[str, Any]:
     window = _whole(header, f"{architecture}.attention.sliding_window", 0)
     given = metadata.get(f"{architecture}.attention.sliding_window_pattern")
     pattern: Any = given if type(given) is int else None
-    if isinstance(given, Kept) and given.length == layers:
-        pattern = [bool(number) for number in given.numbers or ()]
-    return {
+    if isinstance(given, Kept) and given.numbers is not None and given.length == layers:
+        pattern = [bool(number) for number in given.numbers]
+    facts = {
         "v": FACTS_VERSION,
         "architecture": architecture,
         "name": name if isinstance(name, str) else "",
@@ -450,22 +571,27 @@ def facts_of(header: Header) -> dict[str, Any]:
         "context_length": _whole(header, f"{architecture}.context_length"),
         "sliding_window": window or None,
         "sliding_window_pattern": pattern,
-        "split": split,
+        "split": {"count": len(others) + 1, "no": 0} if others else None,
         "tied_output": tied,
-        "n_tensors": len(header.tensors),
-        "size_bytes": header.size_bytes,
+        "n_tensors": len(tensors),
+        "size_bytes": header.size_bytes + sum(part.size_bytes for part in others),
         "tensor_bytes": {"total": total, "token_embd": token_embd, "output": output, "per_layer": per_layer},
     }
+    fault = facts_fault(facts)
+    if fault is not None:
+        raise ValueError(f"no model can be so: {fault}")
+    return facts
 
 
 def inspect(source: str) -> dict[str, Any]:
     """Header facts of the GGUF at a path or https URL: what the inventory records, and what planning reads.
 
-    Raises ValueError, naming the source.
+    Of a split model ``source`` is the first part; the others are read beside it. Raises ValueError, naming the
+    source.
     """
-    header = read_header(source)
+    headers = [header for _, header in _read_model(source)]
     try:
-        return facts_of(header)
+        return facts_of(*headers)
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from error
 
@@ -491,7 +617,7 @@ def facts_fault(facts: object) -> str | None:
         "size_bytes",
     ):
         if not whole(facts.get(key)):
-            return f"{key} is {facts.get(key)!r}; wanted a whole number"
+            return f"{key} is {_show(facts.get(key))}; wanted a whole number"
     layers = facts["n_layers"]
     if not 0 < layers <= MAX_LAYERS:
         return f"n_layers is {layers}; wanted 1 to {MAX_LAYERS}"
@@ -501,7 +627,7 @@ def facts_fault(facts: object) -> str | None:
 
     for key in ("n_ff", "n_head", "n_head_kv"):
         if not (whole(facts.get(key)) or wholes(facts.get(key))):
-            return f"{key} is {facts.get(key)!r}; wanted a whole number, or one for each of the {layers} layers"
+            return f"{key} is {_show(facts.get(key))}; wanted a whole number, or one for each of the {layers} layers"
     if not isinstance(facts.get("architecture"), str) or not facts["architecture"]:
         return f"architecture is {facts.get('architecture')!r}; wanted a name"
     if facts.get("sliding_window") is not None and not whole(facts["sliding_window"]):
@@ -530,18 +656,20 @@ def facts_fault(facts: object) -> str | None:
 def check_file(path: Path, facts: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Header facts of a whole GGUF file on disk, once its tensors lie inside it and it is what was recorded.
 
-    ``facts`` are the recorded ones (None: not compared). Raises ValueError, naming the path, for a truncated
-    file and for the first fact that differs.
+    Of a split model ``path`` is the first part. ``facts`` are the recorded ones (None: not compared). Raises
+    ValueError, naming the path, for a truncated file and for the first fact that differs.
     """
-    header = read_header(str(path))
-    for tensor in header.tensors:
-        end = header.data_start + tensor.offset + tensor.size
-        if end > header.size_bytes:
-            raise ValueError(
-                f"{path}: tensor {tensor.name!r} ends at byte {end}; the file has {header.size_bytes}: it is truncated"
-            )
+    parts = _read_model(str(path))
+    for part, header in parts:
+        for tensor in header.tensors:
+            end = header.data_start + tensor.offset + tensor.size
+            if end > header.size_bytes:
+                raise ValueError(
+                    f"{part}: tensor {tensor.name!r} ends at byte {end}; "
+                    f"the file has {header.size_bytes}: it is truncated"
+                )
     try:
-        found = facts_of(header)
+        found = facts_of(*(header for _, header in parts))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     if facts is not None:
@@ -578,13 +706,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     try:
         text = render(inspect(args.source))
-    except ValueError as error:
+        if args.output is None:
+            sys.stdout.write(text)
+        else:
+            _write(Path(args.output), text)
+    except (ValueError, OSError) as error:
         print(f"gleaner gguf inspect: {error}", file=sys.stderr)
         return 1
-    if args.output is None:
-        sys.stdout.write(text)
-    else:
-        _write(Path(args.output), text)
     return 0
 
 

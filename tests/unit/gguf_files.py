@@ -65,10 +65,14 @@ def write_model(
     head_dim: int | None = None,
     sliding_window: int | None = None,
     split: tuple[int, int] | None = None,
+    part_tensors: int = 0,
     extra: Callable[[Any], None] | None = None,
 ) -> Path:
-    """A model file with the tensors of a llama-like architecture; its data is a hole. Returns the path."""
-    writer = gguf.GGUFWriter(path, architecture)
+    """A model file with the tensors of a llama-like architecture; its data is a hole. Returns the path.
+
+    With ``part_tensors`` it is split into parts of so many tensors; returns the path of the first.
+    """
+    writer = gguf.GGUFWriter(path, architecture, split_max_tensors=part_tensors)
     writer.add_name(name)
     writer.add_file_type(file_type)
     writer.add_block_count(layers)
@@ -120,12 +124,14 @@ def write_model(
     writer.write_ti_data_to_file()
     files = writer.fout
     assert files is not None
-    header = files[0].tell()
+    headers = [file.tell() for file in files]
     writer.close()
     alignment = 32
-    data = sum(-(-info.nbytes // alignment) * alignment for info in writer.tensors[0].values())
-    os.truncate(path, -(-header // alignment) * alignment + data)
-    return path
+    paths = writer.format_shard_names(path)
+    for file_path, header, tensors in zip(paths, headers, writer.tensors):
+        data = sum(-(-info.nbytes // alignment) * alignment for info in tensors.values())
+        os.truncate(file_path, -(-header // alignment) * alignment + data)
+    return paths[0]
 
 
 def write_qwen25_14b_q8_0(path: Path) -> Path:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import http.server
 import json
+import os
+import re
 import socket
 import ssl
 import struct
@@ -15,7 +17,7 @@ import tracemalloc
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import gguf as gguf_package
 import pytest
@@ -271,6 +273,144 @@ def test_memory_stays_bounded_whatever_the_header_claims(tmp_path: Path) -> None
     tracemalloc.stop()
 
 
+def text(content: bytes) -> bytes:
+    return struct.pack("<Q", len(content)) + content
+
+
+def header(tensors: int, *pairs: tuple[bytes, bytes]) -> bytes:
+    """A header up to its tensor table, of keys and their encoded values."""
+    return b"GGUF" + struct.pack("<IQQ", 3, tensors, len(pairs)) + b"".join(text(key) + value for key, value in pairs)
+
+
+def numbered(count: int, value: bytes) -> list[tuple[bytes, bytes]]:
+    return [(b"key-%d" % number, value) for number in range(count)]
+
+
+STRINGS = struct.pack("<IIQ", 9, 8, gguf.MAX_ARRAY_STRINGS) + bytes(8 * gguf.MAX_ARRAY_STRINGS)
+NUMBERS = struct.pack("<IIQ", 9, 11, 1024) + struct.pack("<q", 2**40) * 1024
+EMOJI = struct.pack("<I", 8) + text("\N{GRINNING FACE}".encode() * 1024)
+ONE = struct.pack("<IB", 0, 1)
+LONG_KEYS = [(b"%0900d" % number + "\N{GRINNING FACE}".encode(), ONE) for number in range(1200)]
+TENSORS = b"".join(
+    text(b"%060d" % number) + struct.pack("<I4QIQ", 4, 1, 1, 1, 8, 0, 32 * number) for number in range(gguf.MAX_TENSORS)
+)
+
+
+LARGE = {
+    "strings": (header(0, (b"a", STRINGS)), "general.architecture"),
+    "strings twice": (header(0, (b"a", STRINGS), (b"b", STRINGS[:16])), "'b' has 2097152 strings; wanted at most"),
+    "numbers": (header(0, *numbered(200, NUMBERS)), "metadata of more than 1048576 bytes"),
+    "long strings": (header(0, *numbered(1100, EMOJI)), "metadata of more than 1048576 bytes"),
+    "long keys": (header(0, *LONG_KEYS), "metadata of more than 1048576 bytes"),
+    "tensors": (header(gguf.MAX_TENSORS) + TENSORS, "general.architecture"),
+}
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_the_largest_headers_take_little_time(tmp_path: Path, name: str) -> None:
+    content, words = LARGE[name]
+    path = tmp_path / "large.gguf"
+    path.write_bytes(content)
+    start = time.process_time()
+    with pytest.raises(ValueError, match=words):
+        gguf.inspect(str(path))
+    assert time.process_time() - start < 2
+
+
+@pytest.mark.parametrize("name", ["numbers", "long strings", "long keys", "tensors"])
+def test_the_largest_headers_take_little_memory(tmp_path: Path, name: str) -> None:
+    content, words = LARGE[name]
+    path = tmp_path / "large.gguf"
+    path.write_bytes(content)
+    tracemalloc.start()
+    with pytest.raises(ValueError, match=words):
+        gguf.inspect(str(path))
+    assert tracemalloc.get_traced_memory()[1] < 32 * 2**20
+    tracemalloc.stop()
+
+
+def test_the_parts_of_a_model_share_its_bounds(parts: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gguf._Budget, "__init__", lambda budget: budget.__dict__.update(BUDGET))
+    with pytest.raises(ValueError, match=r"00003-of-00003\.gguf: 7 tensors; wanted at most 65536 in all"):
+        gguf.inspect(str(parts[0]))
+
+
+BUDGET = {"header_bytes": 2**20, "kept_bytes": 2**20, "strings": 1000, "tensors": 26}
+
+
+def test_strings_across_the_edge_of_a_window_are_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = [b"x" * (number % 37) for number in range(300)]
+    array = struct.pack("<IIQ", 9, 8, len(words)) + b"".join(text(word) for word in words)
+    path = tmp_path / "edge.gguf"
+    path.write_bytes(header(0, (b"tokens", array), (b"after", ONE)))
+    for window_bytes in range(1, 80):
+        monkeypatch.setattr(gguf, "WINDOW_BYTES", window_bytes)
+        assert gguf.read_header(str(path)).metadata == {"tokens": (300, None), "after": 1}
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(ValueError, match="truncated"):
+        gguf.read_header(str(path))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (put_after(b"qwen2.block_count", 4, "<I", 0), "0 layers; wanted at most 1024, and at least one"),
+        (put(4, "<I", 0), "GGUF version 0; wanted 2 or 3"),
+        (put_after(b"general.architecture", 4, "<Q", 2**20), "truncated"),
+    ],
+)
+def test_what_no_model_can_be_has_no_facts(
+    tmp_path: Path, small: Path, change: Callable[[bytearray], None], words: str
+) -> None:
+    with pytest.raises(ValueError, match=words):
+        gguf.inspect(str(spoiled(small, tmp_path, change)))
+
+
+def test_a_number_beyond_json_and_sense_has_no_facts(tmp_path: Path) -> None:
+    def extra(writer: Any) -> None:
+        writer.add_uint64("qwen2.attention.sliding_window", 2**63)
+
+    path = gguf_files.write_model(tmp_path / "odd.gguf", extra=extra)
+    with pytest.raises(ValueError, match="sliding_window' is 9223372036854775808; wanted a whole number"):
+        gguf.inspect(str(path))
+
+
+@pytest.mark.parametrize("pattern", [["a", "b"], [1.5, 0.0], -3])
+def test_a_strange_window_pattern_is_never_half_a_fact(tmp_path: Path, pattern: object) -> None:
+    def extra(writer: Any) -> None:
+        key = "qwen2.attention.sliding_window_pattern"
+        writer.add_int32(key, pattern) if isinstance(pattern, int) else writer.add_array(key, pattern)
+
+    path = gguf_files.write_model(tmp_path / "odd.gguf", extra=extra)
+    if pattern == -3:
+        with pytest.raises(ValueError, match="sliding_window_pattern is -3"):
+            gguf.inspect(str(path))
+    else:
+        assert gguf.facts_fault(gguf.inspect(str(path))) is None
+
+
+def test_an_error_is_one_short_line(tmp_path: Path) -> None:
+    def extra(writer: Any) -> None:
+        writer.add_array("qwen2.attention.head_count", list(range(1000)))
+
+    path = gguf_files.write_model(tmp_path / "long.gguf", extra=extra)
+    with pytest.raises(ValueError, match="wanted 2 whole numbers") as caught:
+        gguf.inspect(str(path))
+    assert len(str(caught.value)) < len(str(path)) + 200
+
+
+def test_a_file_url_is_decoded_as_staging_does(tmp_path: Path, small: Path) -> None:
+    path = tmp_path / "a model %.gguf"
+    path.write_bytes(small.read_bytes())
+    assert gguf.inspect(path.as_uri()) == gguf.inspect(str(small))
+
+
+def test_a_fifo_is_refused_at_once(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo.gguf")
+    with pytest.raises(ValueError, match="not a regular file"):
+        gguf.inspect(str(tmp_path / "fifo.gguf"))
+
+
 @pytest.mark.parametrize("source", ["ftp://host/x.gguf", "http://host/x.gguf", "file://host/x.gguf"])
 def test_other_schemes_are_refused(source: str) -> None:
     with pytest.raises(ValueError, match=r"wanted a path, file:///… or https://…"):
@@ -286,22 +426,116 @@ def test_missing_files_and_folders_are_value_errors(tmp_path: Path) -> None:
         gguf.inspect("/dev/null")
 
 
-def test_only_the_first_part_of_a_split_model_has_facts(tmp_path: Path) -> None:
-    first = gguf_files.write_model(tmp_path / "first.gguf", split=(0, 2))
-    assert gguf.inspect(str(first))["split"] == {"count": 2, "no": 0}
-    second = gguf_files.write_model(tmp_path / "second.gguf", split=(1, 2))
-    with pytest.raises(ValueError, match="this is part 2 of 2: inspect the first part"):
-        gguf.inspect(str(second))
+@pytest.fixture
+def parts(tmp_path: Path) -> list[Path]:
+    """A split model of three parts, ten tensors each but for the last."""
+    gguf_files.write_model(tmp_path / "parts.gguf", part_tensors=10)
+    found = sorted(tmp_path.glob("parts-*.gguf"))
+    assert [path.name for path in found] == [f"parts-0000{no}-of-00003.gguf" for no in (1, 2, 3)]
+    return found
+
+
+def test_facts_of_a_split_model_are_those_of_the_whole(parts: list[Path], small: Path) -> None:
+    whole = gguf.inspect(str(small))
+    facts = gguf.check_file(parts[0])
+    assert facts == gguf.inspect(parts[0].as_uri())
+    assert facts == {
+        **whole,
+        "split": {"count": 3, "no": 0},
+        "size_bytes": sum(path.stat().st_size for path in parts),
+    }
+    assert facts["n_tensors"] == 27
+
+
+def test_only_the_first_part_of_a_split_model_has_facts(parts: list[Path]) -> None:
+    with pytest.raises(ValueError, match="this is part 2 of 3: inspect the first part"):
+        gguf.inspect(str(parts[1]))
+
+
+def test_a_model_of_one_part_is_not_split(tmp_path: Path) -> None:
+    assert gguf.inspect(str(gguf_files.write_model(tmp_path / "one.gguf", split=(0, 1))))["split"] is None
+
+
+def swap_with_the_third(parts: list[Path]) -> None:
+    (parts[2].parent / "other").write_bytes(parts[1].read_bytes())
+    parts[1].write_bytes(parts[2].read_bytes())
+
+
+def of_another_count(parts: list[Path]) -> None:
+    change = put_after(b"split.count", 4, "<H", 4)
+    content = bytearray(parts[1].read_bytes())
+    change(content)
+    parts[1].write_bytes(content)
+
+
+def twice_the_same_tensor(parts: list[Path]) -> None:
+    content = parts[0].read_bytes()
+    names = re.findall(rb"blk\.0\.\w+\.weight", content)
+    second = parts[1].read_bytes()
+    assert b"blk.1.attn_q.weight" in second
+    assert b"blk.0.attn_q.weight" in names
+    parts[1].write_bytes(second.replace(b"blk.1.attn_q.weight", b"blk.0.attn_q.weight"))
+
+
+def fewer_tensors(parts: list[Path]) -> None:
+    content = parts[0].read_bytes()
+    at = content.index(b"split.tensors.count") + len(b"split.tensors.count") + 4
+    parts[0].write_bytes(content[:at] + struct.pack("<i", 28) + content[at + 4 :])
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda parts: parts[2].unlink(), r"parts-00003-of-00003\.gguf: No such file"),
+        (lambda parts: parts[2].write_bytes(b"GGUF"), r"parts-00003-of-00003\.gguf: .*truncated"),
+        (
+            lambda parts: os.truncate(parts[1], parts[1].stat().st_size - 200),
+            r"00002-of-00003\.gguf: tensor .*truncated",
+        ),
+        (swap_with_the_third, "part 2 of 3 is not that part"),
+        (of_another_count, "part 2 of 3 is not that part"),
+        (twice_the_same_tensor, "tensor 'blk.0.attn_q.weight' is in two parts"),
+        (fewer_tensors, "27 tensors in 3 parts; the first part wants 28"),
+    ],
+)
+def test_a_split_model_with_a_bad_part_is_refused(
+    parts: list[Path], change: Callable[[list[Path]], object], words: str
+) -> None:
+    change(parts)
+    with pytest.raises(ValueError, match=words):
+        gguf.check_file(parts[0])
+
+
+def test_parts_lie_beside_the_first() -> None:
+    assert gguf.part_sources("/a/b-00001-of-00002.gguf", 2) == ["/a/b-00001-of-00002.gguf", "/a/b-00002-of-00002.gguf"]
+    url = "https://host/m-00001-of-00002.gguf?download=true"
+    assert gguf.part_sources(url, 2)[1] == "https://host/m-00002-of-00002.gguf?download=true"
+
+
+@pytest.mark.parametrize(
+    ("source", "count", "words"),
+    [
+        ("/a/b.gguf", 2, r"it is not called …-00001-of-00002\.gguf"),
+        ("/a/b-00001-of-00003.gguf", 2, "it is not called"),
+        ("/a/b-00002-of-00002.gguf", 2, "it is not called"),
+        ("/a/b-00001-of-60000.gguf", 60000, "a model of 60000 parts; wanted at most 512"),
+    ],
+)
+def test_parts_of_another_name_are_not_found(source: str, count: int, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        gguf.part_sources(source, count)
 
 
 class Ranges(http.server.BaseHTTPRequestHandler):
-    """Serves byte ranges of one file; at /whole.gguf ignores them; at /away redirects to http."""
+    """Serves byte ranges of files; at /whole.gguf ignores them; at /away redirects to http; /noise is no HTTP."""
 
-    content = b""
+    contents: ClassVar[dict[str, bytes]] = {}
     served = 0
 
     def do_GET(self) -> None:
-        content = type(self).content
+        if self.path == "/noise":
+            self.wfile.write(b"\xff" * 100 + b"\n")
+            return
         if self.path == "/away":
             self.send_response(302)
             self.send_header("Location", "http://127.0.0.1:9/model.gguf")
@@ -311,7 +545,8 @@ class Ranges(http.server.BaseHTTPRequestHandler):
             self.send_response(200)
             self.end_headers()
             return
-        if self.path != "/model.gguf":
+        content = self.contents.get(self.path)
+        if content is None:
             self.send_error(404)
             return
         first, last = (int(number) for number in self.headers["Range"].removeprefix("bytes=").split("-"))
@@ -342,7 +577,7 @@ def https(tmp_path: Path, small: Path, monkeypatch: pytest.MonkeyPatch) -> Itera
     monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
     for name in ("https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
-    Ranges.content = small.read_bytes() + bytes(8 * 2**20)
+    Ranges.contents = {"/model.gguf": small.read_bytes() + bytes(8 * 2**20)}
     Ranges.served = 0
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Ranges)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -363,10 +598,20 @@ def test_a_url_is_read_by_ranges_and_not_beyond_the_header(https: str, small: Pa
     assert Ranges.served <= gguf.WINDOW_BYTES
 
 
+def test_the_parts_of_a_url_are_read_beside_it(https: str, parts: list[Path]) -> None:
+    Ranges.contents = {f"/{path.name}?download=true": path.read_bytes() for path in parts}
+    assert gguf.inspect(f"{https}/{parts[0].name}?download=true") == gguf.inspect(str(parts[0]))
+    del Ranges.contents[f"/{parts[2].name}?download=true"]
+    with pytest.raises(ValueError, match=r"/parts-00003-of-00003\.gguf\?download=true: Not Found"):
+        gguf.inspect(f"{https}/{parts[0].name}?download=true")
+
+
 @pytest.mark.parametrize(
     ("path", "words"),
     [
         ("none.gguf", "Not Found"),
+        ("noise", "noise: "),
+        ("a b.gguf", "control characters"),
         ("whole.gguf", "does not serve byte ranges"),
         ("away", "redirects to 'http://127.0.0.1:9/model.gguf'; wanted https://"),
     ],
@@ -405,3 +650,5 @@ def test_inspect_writes_the_facts_and_nothing_on_error(
     assert "No such file" in capsys.readouterr().err
     assert json.loads(output.read_text()) == gguf.inspect(str(small))
     assert [path.name for path in tmp_path.iterdir()] == ["facts.json"]
+    assert gguf.run(parsed("inspect", str(small), "--output", str(tmp_path / "no/facts.json"))) == 1
+    assert "No such file" in capsys.readouterr().err
