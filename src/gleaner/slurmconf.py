@@ -109,7 +109,8 @@ def partition_gap(
     ``show_partition`` is the output of ``scontrol --oneliner show partition``, ``nodes_of`` the node names of each
     partition, ``wanted`` has ``name`` and ``qos`` (a list) of each partition that is needed, ``site`` the nodes of
     the inventory. Of a partition that exists only what must change is named: ``AllowQos`` where it admits others, and
-    ``Nodes`` where a tier's job (``ai_qos``) could start on nodes that nothing was installed on. Raises ValueError when a line of ``show_partition`` is no partition.
+    ``Nodes`` where a tier's job (``ai_qos``) could start on nodes that nothing was installed on. Raises ValueError when
+    a line of ``show_partition`` is no partition.
     """
     live: dict[str, dict[str, str]] = {}
     for line in filter(None, map(str.strip, show_partition.splitlines())):
