@@ -49,6 +49,8 @@ def good() -> Iterator[dict[str, Any]]:
         yield record
     finally:
         run(CONTROLLER, f"rm -rf {RECORD} {RECORD}.new; chown {SERVICE_USER}: {REGISTRY}")
+        # Until then the tier is served by what the updater remembers.
+        cluster.wait_until("the record is back", lambda: cluster.host(CONTROLLER).file(RECORD).is_file, 20)
         cluster.wait_served()
 
 
