@@ -528,6 +528,7 @@ def facts_of(header: Header, *others: Header) -> dict[str, Any]:
     head_dim = n_embd // heads if heads else 0
 
     per_layer = [0] * layers
+    layer_tensors: set[str] = set()
     token_embd = output = total = 0
     vocabulary = metadata.get("tokenizer.ggml.tokens")
     n_vocab = vocabulary.length if isinstance(vocabulary, Kept) else 0
@@ -540,6 +541,7 @@ def facts_of(header: Header, *others: Header) -> dict[str, Any]:
             if number >= layers:
                 raise ValueError(f"tensor {tensor.name!r} belongs to none of the {layers} layers")
             per_layer[number] += tensor.size
+            layer_tensors.add(tensor.name[layer.end() :])
         elif tensor.name.startswith("token_embd"):
             token_embd += tensor.size
             if tensor.name == "token_embd.weight" and len(tensor.shape) == 2:
@@ -574,6 +576,7 @@ def facts_of(header: Header, *others: Header) -> dict[str, Any]:
         "split": {"count": len(others) + 1, "no": 0} if others else None,
         "tied_output": tied,
         "n_tensors": len(tensors),
+        "layer_tensors": sorted(layer_tensors),
         "size_bytes": header.size_bytes + sum(part.size_bytes for part in others),
         "tensor_bytes": {"total": total, "token_embd": token_embd, "output": output, "per_layer": per_layer},
     }
@@ -638,6 +641,9 @@ def facts_fault(facts: object) -> str | None:
             return f"sliding_window_pattern does not hold true or false for each of the {layers} layers"
     elif pattern is not None and not whole(pattern):
         return f"sliding_window_pattern is {pattern!r}; wanted a whole number, a list or null"
+    names = facts.get("layer_tensors")
+    if not isinstance(names, (list, tuple)) or any(not isinstance(name, str) for name in names):
+        return f"layer_tensors is {_show(names)}; wanted the names of the tensors that layers have"
     if not isinstance(facts.get("tied_output"), bool):
         return f"tied_output is {facts.get('tied_output')!r}; wanted true or false"
     split = facts.get("split")

@@ -1,210 +1,68 @@
-"""The plan of a tier: from inventory and header facts to all that its job needs, before anything runs.
-
-Router tiers are planned whole. For a layer-split tier the plan names nodes, roles and what the devices hold
-together; its server arguments follow from the tensor split, which this version does not compute.
-"""
+"""The plan of a tier: from inventory and header facts to all that its job needs, before anything runs."""
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from gleaner import architectures, memory, placement, rules
 from gleaner import site as site_model
-from gleaner.site import Headers, Model, Node, Problem, Site, Tier
+from gleaner.architectures import Batch, Device
+from gleaner.memory import MIB, mib
+from gleaner.site import Headers, KvCache, Model, Node, Problem, Site, Tier
 
 PLAN_VERSION = 1
 MODELS_DIR = "/scratch/ai/models"
-MIB = 2**20
 
 DEFAULT_CPUS = 8
 TIMEOUT_SECONDS = 600
 # A time limit warns the job (--signal) as long before its end as a preemption does, less this.
 SIGNAL_MARGIN_SECONDS = 5
+# Micro-batches that are tried where the tier names none: the larger, the faster a prompt is read.
+UBATCH_TOKENS = (512, 256, 128, 64, 32, 16)
+# A choice with less reads prompts so slowly that a smaller context is offered beside it.
+BRISK_UBATCH_TOKENS = 128
 
-# Bytes of one KV block and its elements (ggml/src/ggml-common.h).
-KV_BLOCKS = {"f16": (2, 1), "q8_0": (34, 32), "q4_0": (18, 32)}
-# The known formula of the compute buffer was seen up to 5.5 % below llama.cpp's own figure.
-COMPUTE_MARGIN = 1.06
-# A llama-server child: program, vocabulary, sampler, threads. CUDA adds its libraries and pinned staging.
-CHILD_MIB = {"cpu": 512, "cuda": 2048}
-# The router process, and supervisor and agent beside it.
-ROUTER_MIB = 512
-# Of each process on a CUDA device: its context (0.3 to 0.5 GiB).
-CUDA_CONTEXT_MIB = 512
-# llama-server keeps up to this many copies of a sliding window's cells per slot, in host memory.
-CONTEXT_CHECKPOINTS = 32
-# Every n-th layer sees the whole context, where the header does not say (src/models/gemma*.cpp).
-SLIDING_WINDOW_PATTERNS = {"gemma2": 2, "gemma3": 6}
-# The architectures that these formulas describe; of others they are only a guess.
-KNOWN_ARCHITECTURES = ("llama", "qwen2", "gemma3")
+# LLAMA_CACHE: beside --models-dir the router would list what the user's download cache holds.
+# GGML_NO_BACKTRACE: an abort would start gdb and keep the GPU.
+SERVER_ENVIRONMENT = {"GGML_NO_BACKTRACE": "1", "LLAMA_CACHE": "/nonexistent"}
 
 
-def _pad(number: int, multiple: int) -> int:
-    return -(-number // multiple) * multiple
-
-
-def _mib(size: float) -> int:
-    return -int(-size // MIB)
-
-
-def _per_layer(value: int | Sequence[int], layers: int) -> list[int]:
-    return [value] * layers if isinstance(value, int) else list(value)
-
-
-def _largest(value: int | Sequence[int]) -> int:
-    return value if isinstance(value, int) else max(value, default=0)
-
-
-def slot_cells(context_tokens: int) -> int:
-    """KV cells of one slot: llama.cpp pads a context to 256 (src/llama-context.cpp)."""
-    return _pad(context_tokens, 256)
-
-
-def windowed_layers(facts: Mapping[str, Any]) -> list[bool]:
-    """For each layer, whether it sees a sliding window only; False, which plans more, if unknown."""
-    layers: int = facts["n_layers"]
-    if not facts.get("sliding_window"):
-        return [False] * layers
-    pattern = facts.get("sliding_window_pattern")
-    if pattern is None:
-        pattern = SLIDING_WINDOW_PATTERNS.get(facts["architecture"])
-    if pattern is None:
-        return [False] * layers
-    if not isinstance(pattern, int):
-        return [bool(item) for item in pattern]
-    return [pattern == 0 or layer % pattern < pattern - 1 for layer in range(layers)]
-
-
-def _layer_cells(facts: Mapping[str, Any], context_tokens: int, ubatch_tokens: int) -> list[int]:
-    """KV cells of one slot in each layer. A window's cells: src/llama-kv-cache-iswa.cpp."""
-    cells = slot_cells(context_tokens)
-    window = _pad(min(cells, (facts.get("sliding_window") or 0) + ubatch_tokens), 256)
-    return [window if windowed else cells for windowed in windowed_layers(facts)]
-
-
-def kv_bytes(
-    facts: Mapping[str, Any],
-    *,
-    context_tokens: int,
-    parallel: int = 1,
-    type_k: str = "f16",
-    type_v: str = "f16",
-    ubatch_tokens: int = 512,
-) -> int:
-    """Bytes of the KV cache for ``parallel`` slots of ``context_tokens`` each, over all layers.
-
-    Cells times (K row + V row), a row being KV heads times head size in blocks of its type; exact against
-    llama.cpp for f16, q8_0 and q4_0. Raises ValueError for an unknown type.
-    """
-    return parallel * sum(
-        cells * row
-        for cells, row in zip(_layer_cells(facts, context_tokens, ubatch_tokens), _kv_row_bytes(facts, type_k, type_v))
+def batch_of(site: Site, tier: Tier, ubatch_tokens: int) -> Batch:
+    return Batch(
+        context_tokens=tier.context_tokens,
+        parallel=tier.parallel,
+        ubatch_tokens=ubatch_tokens,
+        type_k=tier.kv_cache.k,
+        type_v=tier.kv_cache.v,
+        flash_attention=site.engine.flash_attention,
     )
 
 
-def _kv_row_bytes(facts: Mapping[str, Any], type_k: str, type_v: str) -> list[int]:
-    for name, value in (("k", type_k), ("v", type_v)):
-        if value not in KV_BLOCKS:
-            raise ValueError(f"kv_cache.{name} = {value!r}; wanted {' or '.join(KV_BLOCKS)}")
-    heads = _per_layer(facts["n_head_kv"], facts["n_layers"])
-
-    def row(elements: int, kind: str) -> int:
-        size, block = KV_BLOCKS[kind]
-        return -(-elements // block) * size
-
-    return [row(n * facts["head_dim_k"], type_k) + row(n * facts["head_dim_v"], type_v) for n in heads]
+def _ubatches(tier: Tier) -> list[int]:
+    if tier.ubatch_tokens is not None:
+        return [tier.ubatch_tokens]
+    return [size for size in UBATCH_TOKENS if size <= tier.batch_tokens] or [tier.batch_tokens]
 
 
-def checkpoint_bytes(facts: Mapping[str, Any], tier: Tier) -> int:
-    """Host memory of the context checkpoints that llama-server keeps for sliding windows; 0 without one."""
-    rows = _kv_row_bytes(facts, tier.kv_cache.k, tier.kv_cache.v)
-    cells = _layer_cells(facts, tier.context_tokens, tier.ubatch_tokens)
-    one = sum(n * row for n, row, windowed in zip(cells, rows, windowed_layers(facts)) if windowed)
-    return CONTEXT_CHECKPOINTS * tier.parallel * one
+def _cpus(tier: Tier, nodes: Sequence[Node]) -> int:
+    return tier.cpus or min(DEFAULT_CPUS, *(node.cpus for node in nodes))
 
 
-def compute_bytes(
-    facts: Mapping[str, Any], *, context_tokens: int, ubatch_tokens: int, flash_attention: bool, cuda: bool
-) -> int:
-    """Bytes of the compute buffer of a single device, with its margin.
-
-    Without flash attention the scores of one micro-batch dominate, ``4 · ubatch · n_ctx · (n_head + 1)``; the
-    other bound is the logits of a micro-batch. CUDA adds an f16 copy of the scores for softmax and a
-    dequantised copy of the widest matrix for cuBLAS.
-    """
-    n_ctx, ub = slot_cells(context_tokens), ubatch_tokens
-    n_embd, n_head, n_ff = facts["n_embd"], _largest(facts["n_head"]), _largest(facts["n_ff"])
-    logits = 4 * ub * (facts["n_vocab"] + n_embd)
-    hidden = 4 * ub * (2 * n_embd + n_ff)
-    scores = 2 * ub * n_ctx if flash_attention else 4 * ub * n_ctx * (n_head + 1)
-    extra = 0
-    if cuda:
-        extra = 2 * n_embd * n_ff + (0 if flash_attention else 2 * n_head * n_ctx * ub)
-    return int((max(logits, scores + hidden) + extra) * COMPUTE_MARGIN)
+# Rows of the table: one for each device and each host, in MiB.
 
 
-@dataclass(frozen=True)
-class Use:
-    """What one loaded model of a tier takes, in MiB: on its device, and of the host besides."""
-
-    model: str
-    weights: int
-    kv: int
-    compute: int
-    checkpoints: int
-    context: int
-    host_weights: int
-
-    @property
-    def device(self) -> int:
-        return self.weights + self.kv + self.compute + self.context
-
-
-def model_use(model: Model, tier: Tier, engine: site_model.Engine) -> Use:
-    """Memory of one model. On CUDA the token embedding is the host's, unless it is the output too."""
-    facts, cuda = model.facts, engine.backend == "cuda"
-    sizes = facts["tensor_bytes"]
-    weights = sizes["total"]
-    if cuda and not facts["tied_output"]:
-        weights -= sizes["token_embd"]
-    return Use(
-        model=model.name,
-        weights=_mib(weights),
-        kv=_mib(
-            kv_bytes(
-                facts,
-                context_tokens=tier.context_tokens,
-                parallel=tier.parallel,
-                type_k=tier.kv_cache.k,
-                type_v=tier.kv_cache.v,
-                ubatch_tokens=tier.ubatch_tokens,
-            )
-        ),
-        compute=_mib(
-            compute_bytes(
-                facts,
-                context_tokens=tier.context_tokens,
-                ubatch_tokens=tier.ubatch_tokens,
-                flash_attention=engine.flash_attention,
-                cuda=cuda,
-            )
-        ),
-        checkpoints=_mib(checkpoint_bytes(facts, tier)),
-        context=CUDA_CONTEXT_MIB if cuda else 0,
-        host_weights=_mib(sizes["total"]),
-    )
-
-
-def _row(device: str, weights: int, kv: int, compute: int, other: int, limit: int) -> dict[str, Any]:
-    total = weights + kv + compute + other
+def _row(device: str, layers: str, use: memory.Use, limit: int) -> dict[str, Any]:
+    parts = {key: mib(getattr(use, key)) for key in ("weights", "kv", "compute", "other")}
+    total = sum(parts.values())
     return {
         "device": device,
-        "weights": weights,
-        "kv": kv,
-        "compute": compute,
-        "other": other,
+        "layers": layers,
+        **parts,
         "total": total,
         "limit": limit,
         "headroom": limit - total,
@@ -212,43 +70,63 @@ def _row(device: str, weights: int, kv: int, compute: int, other: int, limit: in
     }
 
 
-def host_memory_mib(uses: Iterable[Use], tier: Tier, backend: str) -> dict[str, int]:
-    """Host memory of a router tier's job with these models loaded at once, in MiB, by what takes it.
-
-    Weights count whole on either backend: with ``--load-mode mlock`` they are read into locked memory on the
-    CPU, and on CUDA they pass through staging buffers and the page cache, which the job's memory limit counts
-    too (the seed's workers died of that). KV cache and compute buffers are the host's on the CPU only. Each
-    model is a process of its own, with its vocabulary, its context checkpoints and its prompt cache.
-    """
+def _sum(uses: Iterable[memory.Use]) -> memory.Use:
     uses = list(uses)
-    on_host = backend == "cpu"
-    return {
-        "weights": sum(use.host_weights for use in uses),
-        "kv": sum(use.kv for use in uses) if on_host else 0,
-        "compute": sum(use.compute for use in uses) if on_host else 0,
-        "other": ROUTER_MIB + sum(CHILD_MIB[backend] + use.checkpoints + tier.prompt_cache_mib for use in uses),
-    }
+    return memory.Use(
+        *(sum(getattr(use, field.name) for use in uses) for field in dataclasses.fields(memory.Use)),
+    )
 
 
-def _cpus(tier: Tier, nodes: Sequence[Node]) -> int:
-    return tier.cpus or min(DEFAULT_CPUS, *(node.cpus for node in nodes))
+# Router tiers
 
 
-def router_args(tier: Tier, engine: site_model.Engine, cpus: int) -> list[str]:
+@dataclass(frozen=True)
+class _Loaded:
+    """What one loaded model of a router tier takes of its GPU and of the host."""
+
+    model: str
+    device: memory.Use
+    host: memory.Use
+
+
+def _loaded(model: Model, tier: Tier, batch: Batch, cuda: bool) -> _Loaded:
+    """Memory of one model of a router tier, which is a process of its own.
+
+    Weights count whole for the host on either backend: with ``--load-mode mlock`` they are read into locked
+    memory on the CPU, and on CUDA they pass through staging buffers and the page cache, which the job's memory
+    limit counts too (the first cluster's workers died of that).
+    """
+    facts = model.facts
+    devices = [Device(cuda=True), Device()] if cuda else [Device()]
+    uses = memory.uses(facts, batch, [0] * (facts["n_layers"] + 1), devices)
+    own = memory.server_bytes(facts, batch, cuda=cuda, prompt_cache_mib=tier.prompt_cache_mib)
+    on_host = uses[-1]
+    weights = facts["tensor_bytes"]["total"] if cuda else on_host.weights
+    return _Loaded(model.name, uses[0], memory.Use(weights, on_host.kv, on_host.compute, own))
+
+
+def router_args(site: Site, tier: Tier, cpus: int, ubatch_tokens: int) -> list[str]:
     """Arguments of ``llama-server`` in router mode, without --host and --port, which the agent adds.
 
     The router hands every one of them down to the process of each model, except its own --models-* options.
     """
     args = ["--models-dir", MODELS_DIR]
     args += ["--models-max", str(tier.models_max)]
-    args += ["--ctx-size", str(slot_cells(tier.context_tokens) * tier.parallel)]
+    args += _common_args(site, tier, cpus, ubatch_tokens)
+    args += ["--offline", "--no-ui"]
+    return args + list(tier.server_args)
+
+
+def _common_args(site: Site, tier: Tier, cpus: int, ubatch_tokens: int) -> list[str]:
+    batch = batch_of(site, tier, ubatch_tokens)
+    args = ["--ctx-size", str(batch.cells * tier.parallel)]
     args += ["--parallel", str(tier.parallel)]
-    args += ["--batch-size", str(tier.batch_tokens), "--ubatch-size", str(tier.ubatch_tokens)]
+    args += ["--batch-size", str(tier.batch_tokens), "--ubatch-size", str(ubatch_tokens)]
     args += ["--cache-type-k", tier.kv_cache.k, "--cache-type-v", tier.kv_cache.v]
-    args += ["--flash-attn", "on" if engine.flash_attention else "off"]
+    args += ["--flash-attn", "on" if site.engine.flash_attention else "off"]
     args += ["--threads", str(tier.threads or cpus)]
     args += ["--load-mode", "mlock"]
-    if engine.backend == "cuda":
+    if site.engine.backend == "cuda":
         args += ["--gpu-layers", "999"]
     else:
         # Repacked weights live in buffers that llama.cpp does not lock.
@@ -257,14 +135,424 @@ def router_args(tier: Tier, engine: site_model.Engine, cpus: int) -> list[str]:
     args += ["--fit", "off"]
     # Its default is 8 GiB of host memory for each model, beyond what the job was planned for.
     args += ["--cache-ram", str(tier.prompt_cache_mib)]
-    args += ["--timeout", str(TIMEOUT_SECONDS)]
-    args += ["--offline", "--no-ui"]
-    return args + list(tier.server_args)
+    return [*args, "--timeout", str(TIMEOUT_SECONDS)]
 
 
-# LLAMA_CACHE: beside --models-dir the router would list what the user's download cache holds.
-# GGML_NO_BACKTRACE: an abort would start gdb and keep the GPU.
-SERVER_ENVIRONMENT = {"GGML_NO_BACKTRACE": "1", "LLAMA_CACHE": "/nonexistent"}
+def _router_rows(site: Site, tier: Tier, loaded: Sequence[_Loaded]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The rows of each node, with what of a tier may be loaded at once at its worst; the host's row is the last."""
+    cuda = site.engine.backend == "cuda"
+    heaviest = sorted(loaded, key=lambda one: (-one.device.total, one.model))[: tier.models_max]
+    host = _router_host(tier, loaded)
+    for name in tier.nodes:
+        node = site.nodes[name]
+        if cuda:
+            yield name, _row(f"{name} gpu0", "all", _sum(one.device for one in heaviest), node.gpus[0].free_mib)
+        yield name, _row(f"{name} host", "" if cuda else "all", host, node.memory_mib)
+
+
+def _router_host(tier: Tier, loaded: Sequence[_Loaded]) -> memory.Use:
+    """Host memory of a router tier's job at its worst: the router, what watches it, and a process for each model."""
+    largest = sorted(loaded, key=lambda one: (-one.host.total, one.model))[: tier.models_max]
+    return _sum([memory.Use(0, 0, 0, memory.SERVER_BYTES + memory.JOB_BYTES), *(one.host for one in largest)])
+
+
+def _router_problems(site: Site, index: int, tier: Tier, loaded: Sequence[_Loaded], mem_mib: int) -> Iterator[Problem]:
+    """Refuses a model that does not fit alone, and ``models_max`` models that do not fit together."""
+    variable = f"tiers[{index}]"
+    uses = sorted(loaded, key=lambda one: (-one.device.total, one.model))
+    for name in tier.nodes:
+        node = site.nodes[name]
+        if site.engine.backend == "cuda":
+            yield from _gpu_problems(site, variable, tier, name, uses, node.gpus[0].free_mib)
+        if mem_mib > node.memory_mib:
+            yield Problem(
+                f"{variable}.models_max",
+                f"{tier.models_max}, which needs {mem_mib} MiB of host memory",
+                f"at most {node.memory_mib} MiB, the memory_mib of {name}",
+                "lower models_max or context_tokens",
+            )
+
+
+def _gpu_problems(
+    site: Site, variable: str, tier: Tier, node: str, uses: Sequence[_Loaded], limit: int
+) -> Iterator[Problem]:
+    def needed(names: Iterable[str], context_tokens: int) -> int:
+        smaller = dataclasses.replace(tier, context_tokens=context_tokens)
+        return sum(_device_mib(site, smaller, name) for name in names)
+
+    def largest(*names: str) -> int:
+        return _largest_context(lambda context: needed(names, context) <= limit, tier.context_tokens)
+
+    alone = [one for one in uses if mib(one.device.total) > limit]
+    for one in alone:
+        context = largest(one.model)
+        yield Problem(
+            f"{variable}.context_tokens",
+            f"{tier.context_tokens}, with which {one.model} needs {mib(one.device.total)} MiB",
+            f"at most {limit} MiB, the GPU of {node}",
+            (f"context_tokens: {context}, or " if context else "") + "take the model out of this tier (tiers[].models)",
+        )
+    most = uses[: tier.models_max]
+    totals = list(itertools.accumulate(mib(one.device.total) for one in most))
+    if not alone and totals[-1] > limit:
+        context = largest(*(one.model for one in most))
+        yield Problem(
+            f"{variable}.models_max",
+            f"{tier.models_max}, which can be {', '.join(f'{one.model} {mib(one.device.total)} MiB' for one in most)}: "
+            f"{totals[-1]} MiB",
+            f"at most {limit} MiB, the GPU of {node}",
+            f"models_max: {sum(total <= limit for total in totals)}"
+            + (f", or context_tokens: {context}" if context else ""),
+        )
+
+
+def _device_mib(site: Site, tier: Tier, model: str) -> int:
+    """What a model takes of a router tier's GPU with the smallest micro-batch that the tier allows."""
+    batch = batch_of(site, tier, _ubatches(tier)[-1])
+    return mib(_loaded(site.models[model], tier, batch, cuda=True).device.total)
+
+
+def _largest_context(fits: Callable[[int], bool], most: int) -> int:
+    """The largest context, in steps of 256 tokens up to ``most``, that fits; 0 when none does."""
+    low, high = 0, most // 256
+    while low < high:
+        middle = (low + high + 1) // 2
+        if fits(256 * middle):
+            low = middle
+        else:
+            high = middle - 1
+    return 256 * low
+
+
+def _plan_router(site: Site, index: int, tier: Tier) -> tuple[dict[str, Any], list[Problem]]:
+    models = site.models_of(tier)
+    cuda = site.engine.backend == "cuda"
+    if not models:
+        return _base(site, tier, tier.memory_mib, []), [
+            Problem(
+                "models",
+                "no model for this router tier",
+                "at least one",
+                "add a model, or name it in the tier's models",
+            )
+        ]
+    found, warnings = rules.check(rules.Case(site, index, tier, models, _ubatches(tier)[0]))
+    if any(architectures.unknown(model.facts) for model in models):
+        return _base(site, tier, tier.memory_mib, warnings), found
+    for ubatch_tokens in _ubatches(tier):
+        loaded = [_loaded(model, tier, batch_of(site, tier, ubatch_tokens), cuda) for model in models]
+        planned = _row("", "", _router_host(tier, loaded), 0)["total"]
+        mem_mib = tier.memory_mib or planned
+        misfits = list(_router_problems(site, index, tier, loaded, mem_mib))
+        if not misfits:
+            break
+    if tier.memory_mib is not None and tier.memory_mib < planned:
+        warnings.append(
+            f"memory_mib {tier.memory_mib} is less than the {planned} MiB that this tier was planned to need"
+        )
+    plan = _base(site, tier, mem_mib, warnings)
+    plan["server"] = {
+        "node_port": tier.gateway_port,
+        "args": router_args(site, tier, plan["slurm"]["cpus_per_node"], ubatch_tokens),
+        "environment": dict(SERVER_ENVIRONMENT),
+    }
+    plan["memory"] = [row for _, row in _router_rows(site, tier, loaded)]
+    return plan, [*found, *misfits]
+
+
+# Layer-split tiers
+
+
+@dataclass(frozen=True)
+class _Slot:
+    """One device of a layer-split tier, in llama.cpp's order."""
+
+    node: str
+    gpu: int | None
+    limit_mib: int
+    device: Device
+
+    @property
+    def name(self) -> str:
+        return f"{self.node} cpu" if self.gpu is None else f"{self.node} gpu{self.gpu}"
+
+
+@dataclass(frozen=True)
+class _Split:
+    """A model laid over the devices of a tier: slots of each, and what each takes."""
+
+    slots: tuple[_Slot, ...]
+    counts: tuple[int, ...]
+    uses: tuple[memory.Use, ...]
+
+    @property
+    def fits(self) -> bool:
+        return all(_row("", "", use, slot.limit_mib)["headroom"] >= 0 for slot, use in zip(self.slots, self.uses))
+
+    def layers(self, n_layers: int) -> list[str]:
+        """For each device, its layers in words: ``0-26``, ``54-79 + output``."""
+        words = []
+        first = 0
+        for count in self.counts:
+            last = min(first + count, n_layers) - 1
+            some = f"{first}-{last}" if last > first else f"{first}" if last == first else ""
+            if count and first + count > n_layers:
+                some = f"{some} + output" if some else "output"
+            words.append(some)
+            first += count
+        return words
+
+
+def _slots(site: Site, tier: Tier) -> tuple[_Slot, ...]:
+    """The devices of a tier: those of the workers first, then the head's own, which only CUDA gives it."""
+    cuda = site.engine.backend == "cuda"
+    if not cuda:
+        return tuple(_Slot(name, None, site.nodes[name].memory_mib, Device(remote=True)) for name in tier.workers)
+    return tuple(
+        _Slot(name, index, gpu.free_mib, Device(cuda=True, remote=name != tier.head))
+        for name in (*tier.workers, tier.head)
+        for index, gpu in enumerate(site.nodes[name].gpus[: tier.gpus_per_node])
+    )
+
+
+def _split(facts: Mapping[str, Any], batch: Batch, slots: Sequence[_Slot], *, quick: bool = False) -> _Split:
+    """The split that fills the fullest device least. ``quick`` computes it with a sketch of the model.
+
+    Raises ValueError for more devices than slots of the model.
+    """
+    devices = [*(slot.device for slot in slots), Device()]
+    limits = [slot.limit_mib * MIB for slot in slots]
+    # A device without a layer has no attention to compute: what devices need is taken from a split that has some.
+    spare = int(facts["n_layers"] >= len(slots))
+    first = placement.slots_of_counts(placement.split_by_memory(facts["n_layers"] - spare, limits))
+    first += first[-1:] * spare
+    fixed = architectures.compute_bytes(*_sketched(facts, batch, first), devices)
+    empty = memory.uses_with(facts, batch, first, devices, fixed)
+    weights, kv = memory.slot_weights(facts), [*memory.kv_bytes(facts, batch), 0]
+    sums = [0]
+    for weight, cache in zip(weights, kv):
+        sums.append(sums[-1] + weight + cache)
+
+    def fill(index: int) -> Callable[[int, int], float]:
+        constant = empty[index].compute + empty[index].other
+        return lambda start, end: (sums[end] - sums[start] + constant) / limits[index]
+
+    counts = placement.least_maximal_fill(len(weights), [fill(index) for index in range(len(slots))])
+    places = placement.slots_of_counts(counts)
+    sketched = _sketched(facts, batch, places) if quick else (facts, batch, places)
+    compute = architectures.compute_bytes(*sketched, devices)
+    return _Split(tuple(slots), tuple(counts), tuple(memory.uses_with(facts, batch, places, devices, compute)))
+
+
+def _sketched(
+    facts: Mapping[str, Any], batch: Batch, places: Sequence[int]
+) -> tuple[Mapping[str, Any], Batch, Sequence[int]]:
+    small, few = memory.sketch(facts, places)
+    return small, batch, few
+
+
+def head_args(site: Site, tier: Tier, split: _Split, cpus: int, ubatch_tokens: int) -> list[str]:
+    """Arguments of the head's ``llama-server``, without --host and --port, which the agent adds."""
+    endpoints = ",".join(f"{site.nodes[name].rpc_address}:{site_model.RPC_PORT}" for name in tier.workers)
+    args = ["--model", f"{MODELS_DIR}/{tier.model}.gguf", "--alias", tier.model]
+    args += ["--rpc", endpoints, "--split-mode", "layer"]
+    args += ["--tensor-split", ",".join(map(str, split.counts))]
+    args += _common_args(site, tier, cpus, ubatch_tokens)
+    if "--gpu-layers" not in args:
+        args += ["--gpu-layers", "999"]
+    return [*args, "--offline", "--no-ui", *tier.server_args]
+
+
+def _split_hosts(site: Site, tier: Tier, model: Model, batch: Batch, split: _Split) -> Iterator[tuple[str, memory.Use]]:
+    """Host memory of each node's part of the job. On CUDA weights pass through the page cache, so they count."""
+    facts, cuda = model.facts, site.engine.backend == "cuda"
+    head_cpu = split.uses[-1]
+    own = memory.server_bytes(facts, batch, cuda=cuda) + memory.staging_bytes(facts)
+    weights = facts["tensor_bytes"]["total"] if cuda else head_cpu.weights
+    yield tier.head, memory.Use(weights, 0, head_cpu.compute, own + memory.JOB_BYTES)
+    for name in tier.workers:
+        here = _sum(use for slot, use in zip(split.slots, split.uses) if slot.node == name)
+        other = memory.rpc_server_bytes(facts, cuda=cuda) + memory.JOB_BYTES
+        if cuda:
+            yield name, memory.Use(here.weights, 0, 0, other)
+        else:
+            yield name, memory.Use(here.weights, here.kv, here.compute, other)
+
+
+@dataclass(frozen=True)
+class _Wish:
+    """What may be asked of a layer-split tier; the choices that the plan offers differ in these."""
+
+    tier: Tier
+    flash_attention: bool
+
+    def batch(self, site: Site, ubatch_tokens: int) -> Batch:
+        batch = batch_of(site, self.tier, ubatch_tokens)
+        return dataclasses.replace(batch, flash_attention=self.flash_attention)
+
+    def ubatch(self, site: Site, model: Model) -> int | None:
+        """The largest micro-batch with which it fits; None when it does not."""
+        slots = _slots(site, self.tier)
+        if len(slots) > model.facts["n_layers"] + 1:
+            return None
+        for size in _ubatches(self.tier):
+            if _split(model.facts, self.batch(site, size), slots, quick=True).fits:
+                return size
+        return None
+
+    def largest(self, site: Site, model: Model) -> list[_Wish]:
+        """The same with the largest context that fits and, where that reads prompts slowly, with half of it or less.
+
+        Empty when not even 256 tokens fit.
+        """
+        most = max(self.tier.context_tokens, 256)
+        context = _largest_context(lambda tokens: self._with(tokens).ubatch(site, model) is not None, most)
+        found = [self._with(context)] if context else []
+        for tokens in (most >> shift for shift in range(most.bit_length() - 8)):
+            if tokens <= context and (self._with(tokens).ubatch(site, model) or 0) >= BRISK_UBATCH_TOKENS:
+                found.append(self._with(tokens))
+                break
+        return found
+
+    def _with(self, context_tokens: int) -> _Wish:
+        return dataclasses.replace(self, tier=dataclasses.replace(self.tier, context_tokens=context_tokens))
+
+    def changed(self, flash_attention: bool | None = None, **changes: Any) -> _Wish:
+        flash = self.flash_attention if flash_attention is None else flash_attention
+        return _Wish(dataclasses.replace(self.tier, **changes), flash)
+
+
+def _wishes(site: Site, tier: Tier, model: Model, *, fits: bool) -> Iterator[tuple[str, _Wish]]:
+    """What could be asked of a tier instead, in the order in which it is offered; not all of it fits."""
+    flash = site.engine.flash_attention
+    cache = tier.kv_cache
+    if not flash and cache.v in rules.QUANTISED:
+        cache = KvCache(cache.k, "f16")
+    plain = _Wish(dataclasses.replace(tier, ubatch_tokens=None, kv_cache=cache), flash)
+    if not fits:
+        yield "the wanted context with a smaller micro-batch", plain
+        for kind in rules.QUANTISED if cache.k == "f16" else ():
+            smaller = KvCache(kind, kind if flash else "f16")
+            yield f"the wanted context with K in {kind}", plain.changed(kv_cache=smaller)
+        for wish in plain.largest(site, model):
+            yield "a smaller context", wish
+        for kind in () if flash else rules.QUANTISED:
+            yield (
+                f"flash attention, an opt-in, with K and V in {kind}",
+                plain.changed(True, kv_cache=KvCache(kind, kind)),
+            )
+    shared = {name for _, names in rules.competitors(site, tier) for name in names}
+    left = tuple(name for name in tier.workers if name not in shared)
+    if tier.head not in shared and 0 < len(left) < len(tier.workers):
+        for wish in plain.changed(workers=left).largest(site, model):
+            yield f"both tiers at once, {', '.join(sorted(shared))} left to the other", wish
+
+
+def _alternatives(site: Site, tier: Tier, model: Model, *, fits: bool) -> list[dict[str, Any]]:
+    """Choices where a wish cannot be had: what else fits on the tier's nodes, and what leaves nodes to others."""
+    found: dict[str, dict[str, Any]] = {}
+    for what, wish in _wishes(site, tier, model, fits=fits):
+        ubatch_tokens = wish.ubatch(site, model)
+        if ubatch_tokens is None:
+            continue
+        choice = {
+            "context_tokens": wish.tier.context_tokens,
+            "ubatch_tokens": ubatch_tokens,
+            "kv_cache": {"k": wish.tier.kv_cache.k, "v": wish.tier.kv_cache.v},
+            "flash_attention": wish.flash_attention,
+            "head": tier.head,
+            "workers": list(wish.tier.workers),
+        }
+        found.setdefault(json.dumps(choice), {"what": what, **choice})
+    return list(found.values())
+
+
+def _choice_in_words(choice: Mapping[str, Any]) -> str:
+    words = [
+        f"context_tokens: {choice['context_tokens']}",
+        f"ubatch_tokens: {choice['ubatch_tokens']}",
+        f"kv_cache: {{k: {choice['kv_cache']['k']}, v: {choice['kv_cache']['v']}}}",
+        f"workers: [{', '.join(choice['workers'])}]",
+    ]
+    if choice["flash_attention"]:
+        words.append("llama_cpp_flash_attention: true")
+    return f"{choice['what']} ({', '.join(words)})"
+
+
+def _plan_layer_split(site: Site, index: int, tier: Tier) -> tuple[dict[str, Any], list[Problem]]:
+    variable = f"tiers[{index}]"
+    model = site.models[tier.model]
+    facts = model.facts
+    slots = _slots(site, tier)
+    wish = _Wish(tier, site.engine.flash_attention)
+    found: list[Problem] = []
+    if len(slots) > facts["n_layers"] + 1:
+        found.append(
+            Problem(
+                f"{variable}.workers",
+                f"{len(slots)} devices for the {facts['n_layers']} layers of {model.name} and its output",
+                "at most one device a layer",
+                "fewer workers",
+            )
+        )
+    known = architectures.unknown(facts) is None
+    ubatch = wish.ubatch(site, model) if known and not found else None
+    ubatch_tokens = ubatch or _ubatches(tier)[-1]
+    broken, warnings = rules.check(rules.Case(site, index, tier, (model,), ubatch_tokens))
+    if not known or found:
+        return _base(site, tier, tier.memory_mib, warnings), [*found, *broken]
+
+    batch = batch_of(site, tier, ubatch_tokens)
+    split = _split(facts, batch, slots)
+    hosts = [
+        _row(f"{name} host", "", use, site.nodes[name].memory_mib)
+        for name, use in _split_hosts(site, tier, model, batch, split)
+    ]
+    planned = max(row["total"] for row in hosts)
+    mem_mib = tier.memory_mib or planned
+    if tier.memory_mib is not None and tier.memory_mib < planned:
+        warnings.append(
+            f"memory_mib {tier.memory_mib} is less than the {planned} MiB that this tier was planned to need"
+        )
+    warnings.append("not served yet: this version makes no job for a layer-split tier")
+    alternatives = _alternatives(site, tier, model, fits=split.fits)
+    rows = [
+        _row(slot.name, layers, use, slot.limit_mib)
+        for slot, layers, use in zip(slots, split.layers(facts["n_layers"]), split.uses)
+    ]
+    for row in rows:
+        if row["headroom"] < 0:
+            found.append(
+                Problem(
+                    f"{variable}.context_tokens",
+                    f"{tier.context_tokens}, with which {row['device']} needs {row['total']} MiB "
+                    f"(ubatch_tokens {ubatch_tokens})",
+                    f"at most {row['limit']} MiB",
+                    "; or ".join(map(_choice_in_words, alternatives)) or "more GPUs, or a smaller model",
+                )
+            )
+            break
+    for row in hosts:
+        if mem_mib > row["limit"]:
+            found.append(
+                Problem(
+                    f"{variable}.memory_mib",
+                    f"{mem_mib} MiB of host memory on each node",
+                    f"at most {row['limit']} MiB, what {row['device']} has",
+                    "lower context_tokens, or take another node",
+                )
+            )
+    plan = _base(site, tier, mem_mib, warnings)
+    plan["rpc_port"] = site_model.RPC_PORT
+    plan["server"] = {
+        "node_port": tier.gateway_port,
+        "args": head_args(site, tier, split, plan["slurm"]["cpus_per_node"], ubatch_tokens),
+        "environment": {"GGML_NO_BACKTRACE": "1"},
+    }
+    plan["tensor_split"] = list(split.counts)
+    plan["memory"] = rows + hosts
+    plan["alternatives"] = alternatives
+    return plan, [*broken, *found]
 
 
 def _base(site: Site, tier: Tier, mem_mib: int | None, warnings: list[str]) -> dict[str, Any]:
@@ -309,164 +597,15 @@ def _base(site: Site, tier: Tier, mem_mib: int | None, warnings: list[str]) -> d
         "load_timeout_seconds": tier.load_timeout_seconds,
         "memory": [],
         "warnings": warnings,
+        "alternatives": [],
     }
-
-
-def _competition(site: Site, tier: Tier) -> list[str]:
-    warnings = []
-    for other in site.tiers.values():
-        shared = [name for name in tier.all_nodes if name in other.all_nodes]
-        gpus = [min(len(site.nodes[name].gpus), 10**6) for name in shared]
-        if other.name == tier.name or not shared:
-            continue
-        if any(count < tier.gpus_per_node + other.gpus_per_node for count in gpus):
-            first = tier if tier.priority >= other.priority else other
-            warnings.append(
-                f"competes with tier {other.name} for the GPUs of {', '.join(shared)}: they cannot run there "
-                f"at the same time; {first.name} has the higher priority"
-            )
-    return warnings
-
-
-def _model_warnings(tier: Tier, models: Iterable[Model]) -> list[str]:
-    warnings = []
-    for model in models:
-        facts = model.facts
-        if facts["architecture"] not in KNOWN_ARCHITECTURES:
-            warnings.append(
-                f"{model.name}: the memory formulas do not describe architecture {facts['architecture']}; "
-                f"check the model with llama-fit-params"
-            )
-        if tier.context_tokens > facts["context_length"]:
-            warnings.append(
-                f"{model.name}: context_tokens {tier.context_tokens} is more than "
-                f"the {facts['context_length']} that the model was trained for"
-            )
-    return warnings
-
-
-def _plan_router(site: Site, index: int, tier: Tier) -> tuple[dict[str, Any], list[Problem]]:
-    variable = f"tiers[{index}]"
-    found: list[Problem] = []
-    backend = site.engine.backend
-    models = site.models_of(tier)
-    warnings = [*_competition(site, tier), *_model_warnings(tier, models)]
-    if not models:
-        found.append(
-            Problem(
-                "models",
-                "no model for this router tier",
-                "at least one",
-                "add a model, or name it in the tier's models",
-            )
-        )
-    uses = sorted((model_use(model, tier, site.engine) for model in models), key=lambda use: (-use.device, use.model))
-    heaviest = uses[: tier.models_max]
-    host = host_memory_mib(
-        sorted(uses, key=lambda use: (-use.host_weights, use.model))[: tier.models_max], tier, backend
-    )
-    planned = sum(host.values())
-    mem_mib = tier.memory_mib or planned
-    if tier.memory_mib is not None and tier.memory_mib < planned:
-        warnings.append(
-            f"memory_mib {tier.memory_mib} is less than the {planned} MiB that this tier was planned to need"
-        )
-
-    rows = []
-    for name in tier.nodes:
-        node = site.nodes[name]
-        if backend == "cuda":
-            limit = min(gpu.memory_mib for gpu in node.gpus[: tier.gpus_per_node])
-            row = _device_row(f"{name} gpu0", heaviest, limit)
-            rows.append(row)
-            found += _device_problems(variable, tier, name, uses, limit)
-        row = _row(f"{name} host", host["weights"], host["kv"], host["compute"], host["other"], node.memory_mib)
-        rows.append(row)
-        if mem_mib > node.memory_mib:
-            found.append(
-                Problem(
-                    f"{variable}.models_max",
-                    f"{tier.models_max}, which needs {mem_mib} MiB of host memory",
-                    f"at most {node.memory_mib} MiB, the memory_mib of {name}",
-                    "lower models_max or context_tokens",
-                )
-            )
-
-    plan = _base(site, tier, mem_mib, warnings)
-    plan["server"] = {
-        "node_port": tier.gateway_port,
-        "args": router_args(tier, site.engine, plan["slurm"]["cpus_per_node"]),
-        "environment": dict(SERVER_ENVIRONMENT),
-    }
-    plan["memory"] = rows
-    return plan, found
-
-
-def _device_row(device: str, uses: Sequence[Use], limit: int) -> dict[str, Any]:
-    return _row(
-        device,
-        sum(use.weights for use in uses),
-        sum(use.kv for use in uses),
-        sum(use.compute for use in uses),
-        sum(use.context for use in uses),
-        limit,
-    )
-
-
-def _device_problems(variable: str, tier: Tier, node: str, uses: Sequence[Use], limit: int) -> list[Problem]:
-    """Refuses a model that does not fit alone, and ``models_max`` models that do not fit together."""
-    alone = [use for use in uses if use.device > limit]
-    if alone:
-        return [
-            Problem(
-                f"{variable}.context_tokens",
-                f"{tier.context_tokens}, with which {use.model} needs {use.device} MiB",
-                f"at most {limit} MiB, the GPU of {node}",
-                "lower context_tokens or ubatch_tokens, or take the model out of this tier (tiers[].models)",
-            )
-            for use in alone
-        ]
-    together = 0
-    fit = 0
-    for use in uses[: tier.models_max]:
-        together += use.device
-        fit += together <= limit
-    if together <= limit:
-        return []
-    names = ", ".join(f"{use.model} {use.device} MiB" for use in uses[: tier.models_max])
-    return [
-        Problem(
-            f"{variable}.models_max",
-            f"{tier.models_max}, which can be {names}: {together} MiB",
-            f"at most {limit} MiB, the GPU of {node}",
-            f"models_max: {fit}, or a smaller context_tokens",
-        )
-    ]
-
-
-def _plan_layer_split(site: Site, tier: Tier) -> tuple[dict[str, Any], list[Problem]]:
-    model = site.models[tier.model]
-    warnings = [
-        *_competition(site, tier),
-        *_model_warnings(tier, [model]),
-        "not served yet: this version plans no tensor split, so the tier gets no job",
-    ]
-    plan = _base(site, tier, tier.memory_mib, warnings)
-    plan["rpc_port"] = site_model.RPC_PORT
-    if site.engine.backend == "cuda":
-        use = model_use(model, tier, site.engine)
-        limit = sum(gpu.memory_mib for name in tier.all_nodes for gpu in site.nodes[name].gpus[: tier.gpus_per_node])
-        row = _row("all its GPUs together", use.weights, use.kv, 0, 0, limit)
-        row["verdict"] = "not split yet" if row["verdict"] == "fits" else row["verdict"]
-        plan["memory"] = [row]
-    return plan, []
 
 
 def _plan(site: Site, tier_name: str) -> tuple[dict[str, Any], list[Problem]]:
     if tier_name not in site.tiers:
         raise ValueError(f"tier = {tier_name!r}; wanted one of {', '.join(site.tiers)}")
     index, tier = list(site.tiers).index(tier_name), site.tiers[tier_name]
-    return _plan_router(site, index, tier) if tier.kind == "router" else _plan_layer_split(site, tier)
+    return (_plan_router if tier.kind == "router" else _plan_layer_split)(site, index, tier)
 
 
 def plan_tier(site: Mapping[str, Any], tier_name: str, headers: Headers) -> dict[str, Any]:
@@ -495,10 +634,11 @@ COLUMNS = ("weights", "kv", "compute", "other", "total", "limit", "headroom")
 
 
 def table(plans: Iterable[Mapping[str, Any]]) -> str:
-    """The plans as text for people: one row a device, in MiB, then what is doubtful."""
+    """The plans as text for people: one row a device, in MiB, then what is doubtful and what else could be had."""
     heads = [
         "tier",
         "device",
+        "layers",
         *("head-room" if name == "headroom" else name for name in COLUMNS),
         "--mem",
         "verdict",
@@ -509,18 +649,22 @@ def table(plans: Iterable[Mapping[str, Any]]) -> str:
         mem = plan["slurm"]["mem_mib"]
         for row in plan["memory"]:
             numbers = [str(row[name]) for name in COLUMNS]
-            rows.append([plan["tier"], row["device"], *numbers, "-" if mem is None else str(mem), row["verdict"]])
+            memory_wanted = "-" if mem is None else str(mem)
+            rows.append([plan["tier"], row["device"], row["layers"], *numbers, memory_wanted, row["verdict"]])
         if not plan["memory"]:
-            rows.append([plan["tier"], "-", *("-" for _ in COLUMNS), "-" if mem is None else str(mem), "not planned"])
-        notes += [f"{plan['tier']}: {warning}" for warning in plan["warnings"]]
+            rows.append(
+                [plan["tier"], "-", "-", *("-" for _ in COLUMNS), "-" if mem is None else str(mem), "not planned"]
+            )
+        notes += [f"warning: {plan['tier']}: {warning}" for warning in plan["warnings"]]
+        notes += [f"choice: {plan['tier']}: {_choice_in_words(choice)}" for choice in plan["alternatives"]]
     widths = [max(len(row[column]) for row in [heads, *rows]) for column in range(len(heads))]
 
     def line(cells: Sequence[str]) -> str:
         texts = [
-            cell.ljust(width) if column in (0, 1, len(heads) - 1) else cell.rjust(width)
+            cell.ljust(width) if column in (0, 1, 2, len(heads) - 1) else cell.rjust(width)
             for column, (cell, width) in enumerate(zip(cells, widths))
         ]
         return "  ".join(texts).rstrip()
 
     body = [line(heads), line(["-" * width for width in widths]), *(line(row) for row in rows)]
-    return "\n".join(["Memory of each tier, in MiB", *body, *(f"warning: {note}" for note in notes)])
+    return "\n".join(["Memory of each tier, in MiB", *body, *notes])

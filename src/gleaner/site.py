@@ -48,6 +48,11 @@ class Gpu:
     model: str
     memory_mib: int
     numa_node: int
+    memory_used_mib: int = 0
+
+    @property
+    def free_mib(self) -> int:
+        return self.memory_mib - self.memory_used_mib
 
 
 @dataclass(frozen=True)
@@ -93,7 +98,7 @@ class Tier:
     drain_seconds: int = 5
     load_timeout_seconds: int = 600
     batch_tokens: int = 2048
-    ubatch_tokens: int = 512
+    ubatch_tokens: int | None = None
     kv_cache: KvCache = KvCache()
     prompt_cache_mib: int = 0
     server_args: tuple[str, ...] = ()
@@ -116,6 +121,7 @@ class Engine:
     version: str
     backend: str
     flash_attention: bool
+    cuda_architectures: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -256,6 +262,8 @@ _PLANNED_FLAGS = frozenset(
         "--rpc",
         "--tensor-split",
         "-ts",
+        "--split-mode",
+        "-sm",
     ]
 )
 
@@ -451,8 +459,7 @@ def _check_sha256(check: _Checker, value: object, variable: str, what: str) -> N
     check.text(value, variable, _SHA256, "64 lower-case hexadecimal digits", f"write the sha256sum of {what}")
 
 
-def _check_engine(check: _Checker, value: object) -> tuple[str | None, object]:
-    """Checks ``llama_cpp_*`` and returns backend and flash attention."""
+def _check_engine(check: _Checker, value: object) -> None:
     engine = check.mapping(value, "llama_cpp")
     check.keys(engine, ("version", "backend", "flash_attention", "cuda_architectures", "source"), "llama_cpp.")
     check.text(
@@ -463,8 +470,7 @@ def _check_engine(check: _Checker, value: object) -> tuple[str | None, object]:
         "write the version of the pinned source",
     )
     backend = check.choice(engine.get("backend", _MISSING), "llama_cpp_backend", BACKENDS)
-    flash = engine.get("flash_attention", False)
-    check.flag(flash, "llama_cpp_flash_attention")
+    check.flag(engine.get("flash_attention", False), "llama_cpp_flash_attention")
     architectures = engine.get("cuda_architectures")
     if architectures is not None or backend == "cuda":
         variable = "llama_cpp_cuda_architectures"
@@ -482,7 +488,7 @@ def _check_engine(check: _Checker, value: object) -> tuple[str | None, object]:
             "url, sha256 and subdirectory of the pinned llama.cpp source archive",
             "fill it in: the URL of the release archive, its sha256sum, the folder inside it",
         )
-        return backend, flash
+        return
     source = check.mapping(source, "llama_cpp_source")
     check.keys(source, ("url", "sha256", "subdirectory"), "llama_cpp_source.")
     _check_source_url(check, source.get("url", _MISSING), "llama_cpp_source.url")
@@ -496,7 +502,6 @@ def _check_engine(check: _Checker, value: object) -> tuple[str | None, object]:
             "a relative path",
             "name the folder of llama.cpp inside the archive",
         )
-    return backend, flash
 
 
 def _check_gpus(check: _Checker, value: object, host: str) -> int | None:
@@ -514,7 +519,7 @@ def _check_gpus(check: _Checker, value: object, host: str) -> int | None:
         gpu = check.mapping(item, variable)
         if not isinstance(item, Mapping):
             continue
-        check.keys(gpu, ("model", "memory_mib", "numa_node"), f"{variable}.")
+        check.keys(gpu, ("model", "memory_mib", "memory_used_mib", "numa_node"), f"{variable}.")
         check.text(
             gpu.get("model", _MISSING),
             f"{variable}.model",
@@ -522,7 +527,9 @@ def _check_gpus(check: _Checker, value: object, host: str) -> int | None:
             "lower-case letters, digits and _",
             "for example v100s",
         )
-        check.whole(gpu.get("memory_mib", _MISSING), f"{variable}.memory_mib", 1, 2**31, "32768")
+        memory = check.whole(gpu.get("memory_mib", _MISSING), f"{variable}.memory_mib", 1, 2**31, "32768")
+        if "memory_used_mib" in gpu:
+            check.whole(gpu["memory_used_mib"], f"{variable}.memory_used_mib", 0, (memory or 2**31) - 1, "512")
         check.whole(gpu.get("numa_node", _MISSING), f"{variable}.numa_node", 0, 1023, "0")
     return len(gpus)
 
@@ -763,7 +770,6 @@ def _check_tier(
     nodes: Mapping[str, _NodeFacts],
     models: set[str],
     grace: int | None,
-    flash: object,
 ) -> None:
     kind = check.choice(tier.get("kind", _MISSING), f"{prefix}.kind", KINDS)
     every = {key: owner for owner, keys in _KIND_KEYS.items() for key in keys}
@@ -815,7 +821,7 @@ def _check_tier(
     batch, ubatch = tier.get("batch_tokens", 2048), tier.get("ubatch_tokens", 512)
     if _whole(batch) and _whole(ubatch) and "ubatch_tokens" in tier and ubatch > batch:
         check.add(f"{prefix}.ubatch_tokens", ubatch, f"at most batch_tokens ({batch})", "lower it")
-    _check_kv_cache(check, tier, prefix, flash)
+    _check_kv_cache(check, tier, prefix)
     _check_server_args(check, tier, prefix)
     if kind is not None:
         _check_tier_nodes(check, tier, prefix, kind, nodes)
@@ -829,7 +835,7 @@ def _check_tier(
             _check_model_name(check, name, f"{prefix}.models[{index}]", models)
 
 
-def _check_kv_cache(check: _Checker, tier: Mapping[str, Any], prefix: str, flash: object) -> None:
+def _check_kv_cache(check: _Checker, tier: Mapping[str, Any], prefix: str) -> None:
     if tier.get("kv_cache") is None:
         return
     variable = f"{prefix}.kv_cache"
@@ -837,13 +843,6 @@ def _check_kv_cache(check: _Checker, tier: Mapping[str, Any], prefix: str, flash
     check.keys(cache, ("k", "v"), f"{variable}.")
     for key in ("k", "v"):
         check.choice(cache.get(key, "f16"), f"{variable}.{key}", KV_TYPES)
-    if cache.get("v", "f16") in ("q8_0", "q4_0") and flash is False:
-        check.add(
-            f"{variable}.v",
-            cache["v"],
-            "f16 while llama_cpp_flash_attention is false (llama.cpp refuses a quantised V without it)",
-            "v: f16 with a quantised k, or llama_cpp_flash_attention: true",
-        )
 
 
 def _check_server_args(check: _Checker, tier: Mapping[str, Any], prefix: str) -> None:
@@ -868,7 +867,6 @@ def _check_tiers(
     nodes: Mapping[str, _NodeFacts],
     models: set[str],
     grace: int | None,
-    flash: object,
 ) -> None:
     seen: dict[str, dict[Any, str]] = {"name": {}, "job_name": {}, "gateway_port": {}}
     for index, item in enumerate(check.items(value, "tiers")):
@@ -876,7 +874,7 @@ def _check_tiers(
         tier = check.mapping(item, prefix)
         if not isinstance(item, Mapping):
             continue
-        _check_tier(check, tier, prefix, nodes, models, grace, flash)
+        _check_tier(check, tier, prefix, nodes, models, grace)
         for key, what in (("name", "a name"), ("job_name", "a job name"), ("gateway_port", "a port")):
             _check_unique(check, seen[key], tier.get(key), f"{prefix}.{key}", what)
 
@@ -894,10 +892,10 @@ def problems(site: object, headers: Headers) -> list[Problem]:
     check.keys(whole, _SITE_KEYS, "site.")
     _check_names(check, whole)
     grace = _check_slurm(check, whole.get("slurm", _MISSING))
-    _, flash = _check_engine(check, whole.get("llama_cpp", _MISSING))
+    _check_engine(check, whole.get("llama_cpp", _MISSING))
     nodes = _check_nodes(check, whole.get("nodes", _MISSING))
     models = _check_models(check, whole.get("models", _MISSING), headers)
-    _check_tiers(check, whole.get("tiers", _MISSING), nodes, models, grace, flash)
+    _check_tiers(check, whole.get("tiers", _MISSING), nodes, models, grace)
     return check.found
 
 
@@ -937,7 +935,12 @@ def read(site: Mapping[str, Any], headers: Headers) -> Site:
         controller=site["controller"],
         service_user=site["service_user"],
         shared_dir=site["shared_dir"],
-        engine=Engine(engine["version"], engine["backend"], engine.get("flash_attention", False)),
+        engine=Engine(
+            engine["version"],
+            engine["backend"],
+            engine.get("flash_attention", False),
+            tuple(engine.get("cuda_architectures") or ()),
+        ),
         slurm=Slurm(slurm["ai_partition"], slurm["ai_qos"], slurm["ai_account"], slurm["grace_seconds"]),
         nodes={
             name: Node(
@@ -946,7 +949,7 @@ def read(site: Mapping[str, Any], headers: Headers) -> Site:
                 rpc_address=node["rpc_address"],
                 cpus=node["cpus"],
                 memory_mib=node["memory_mib"],
-                gpus=tuple(Gpu(gpu["model"], gpu["memory_mib"], gpu["numa_node"]) for gpu in node["gpus"]),
+                gpus=tuple(Gpu(**gpu) for gpu in node["gpus"]),
             )
             for name, node in site["nodes"].items()
         },
@@ -977,8 +980,6 @@ def _tier(tier: Mapping[str, Any]) -> Tier:
             given[key] = tuple(given[key])
     if "kv_cache" in given:
         given["kv_cache"] = KvCache(**given["kv_cache"])
-    if "batch_tokens" in given and "ubatch_tokens" not in given:
-        given["ubatch_tokens"] = min(Tier.ubatch_tokens, given["batch_tokens"])
     return Tier(**given)
 
 

@@ -28,6 +28,13 @@ def facts(**changes: Any) -> dict[str, Any]:
         "split": None,
         "tied_output": False,
         "n_tensors": 39,
+        "layer_tensors": [
+            f"{name}.weight"
+            for name in (
+                *("attn_k", "attn_norm", "attn_output", "attn_q", "attn_v"),
+                *("ffn_down", "ffn_gate", "ffn_norm", "ffn_up"),
+            )
+        ],
         "size_bytes": 40 * 2**20,
         "tensor_bytes": {
             "total": 38 * 2**20,

@@ -66,6 +66,11 @@ def test_facts_of_a_small_model(small: Path) -> None:
         "split": None,
         "tied_output": False,
         "n_tensors": 27,
+        "layer_tensors": [
+            *("attn_k.bias", "attn_k.weight", "attn_norm.weight", "attn_output.weight", "attn_q.bias"),
+            *("attn_q.weight", "attn_v.bias", "attn_v.weight"),
+            *("ffn_down.weight", "ffn_gate.weight", "ffn_norm.weight", "ffn_up.weight"),
+        ],
         "size_bytes": small.stat().st_size,
         "tensor_bytes": {
             "total": 2 * layer + 2 * embedding + f32 * 64,

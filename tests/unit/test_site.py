@@ -82,13 +82,6 @@ TABLE: list[tuple[tuple[Any, ...], object, str, str, str]] = [
     ((*FAST, "drain_seconds"), 21, "tiers[0].drain_seconds", "at most 20", "shorter"),
     ((*FAST, "ubatch_tokens"), 4096, "tiers[0].ubatch_tokens", "at most batch_tokens (2048)", "lower it"),
     ((*FAST, "kv_cache"), {"k": "q5_1"}, "tiers[0].kv_cache.k", "f16 or q8_0 or q4_0", "set tiers[0]"),
-    (
-        (*FAST, "kv_cache"),
-        {"v": "q8_0"},
-        "tiers[0].kv_cache.v",
-        "without it",
-        "llama_cpp_flash_attention: true",
-    ),
     ((*FAST, "kv_cache"), "q8_0", "tiers[0].kv_cache", "a dictionary", "key: value"),
     (("tiers",), MISSING, "tiers", "a list", "dash"),
     (("tiers", 0), "fast", "tiers[0]", "a dictionary", "key: value"),
