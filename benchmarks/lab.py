@@ -15,6 +15,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 INVENTORY = "inventories/lab"
@@ -30,7 +31,7 @@ class Lab:
     def environment(self) -> dict[str, str]:
         return os.environ | {"GLEANER_LAB_ID": self.id, "ANSIBLE_CONFIG": str(ROOT / "ansible.cfg")}
 
-    def variable(self, host: str, name: str) -> str:
+    def value(self, host: str, name: str) -> Any:
         """A variable of a host, as Ansible sees it; LookupError when the host does not have it."""
         run = subprocess.run(
             [_tool("ansible"), "-i", INVENTORY, host, "-m", "ansible.builtin.debug", "-a", f"var={name}"],
@@ -43,7 +44,11 @@ class Lab:
         value = json.loads(run.stdout.partition("=>")[2])[name]
         if str(value).startswith("VARIABLE IS NOT DEFINED"):
             raise LookupError(f"{name} of {host} in {INVENTORY}: not defined")
-        return str(value)
+        return value
+
+    def variable(self, host: str, name: str) -> str:
+        """The same as text."""
+        return str(self.value(host, name))
 
     def ssh(self, host: str) -> list[str]:
         """The command that runs a command on a host as its administrator."""

@@ -74,8 +74,9 @@ class Batch:
     type_k: str = "f16"
     type_v: str = "f16"
     flash_attention: bool = False
-    outputs: int | None = None
-    """Rows of logits per micro-batch. None: one for each request, as llama-server has it."""
+    dry_run: bool = False
+    """As llama-fit-params reserves it, which is not quite what llama-server does: logits of every token, and a norm
+    may run on the device of the layer before it."""
 
     @property
     def tokens(self) -> int:
@@ -90,10 +91,9 @@ class Batch:
 
 
 class Device(NamedTuple):
-    """What a device's kind changes in the graph: whether CUDA computes, and whether RPC leads to it."""
+    """What a device's kind changes in the graph; whether RPC leads to it does not matter."""
 
     cuda: bool = False
-    remote: bool = False
 
     @property
     def alignment(self) -> int:
@@ -172,9 +172,8 @@ class _Builder:
 
     def norm(self, layer: int, source: Tensor, pinned: bool = True) -> Tensor:
         plain = Tensor("rms_norm", source.shape, [source])
-        if pinned and not self.devices[self.places[layer]].remote:
-            # llama.cpp keeps a layer's norm from running on the device of the layer before it. It recognises a
-            # device by its address, of which those behind RPC have two.
+        if pinned and not self.batch.dry_run:
+            # llama.cpp keeps a layer's norm from running on the device of the layer before it.
             plain.device = self.places[layer]
         return Tensor("mul", source.shape, [plain, self.weights[self.places[layer]]])
 
@@ -266,7 +265,7 @@ class _Builder:
         whole = _Attention(facts, batch, batch.cells, max(v_rows))
         windowed = windowed_layers(facts)
         window = _Attention(facts, batch, window_cells(facts, batch), max(v_rows)) if any(windowed) else whole
-        outputs = min(batch.outputs or batch.parallel, tokens)
+        outputs = tokens if batch.dry_run else min(batch.parallel, tokens)
         chosen = leaf((outputs, 1, 1, 1))
 
         for layer in range(layers):

@@ -14,6 +14,8 @@ from gleaner import architectures
 from gleaner.architectures import KV_BLOCKS, Batch, Device
 
 MIB = 2**20
+# Of a tensor, on the device that wants most of it (ggml-cuda.cu).
+ALIGNMENT_BYTES = 128
 # A process on a CUDA device: its context, kernels and cuBLAS's workspace (0.3 to 0.5 GiB).
 CUDA_CONTEXT_BYTES = 512 * MIB
 # From so many rows on a quantised matrix is unpacked to f16 for cuBLAS (MMQ_DP4A_MAX_BATCH_SIZE, ggml-cuda/mmq.cuh).
@@ -81,10 +83,14 @@ def checkpoint_bytes(facts: Mapping[str, Any], batch: Batch) -> int:
 
 
 def slot_weights(facts: Mapping[str, Any]) -> list[int]:
-    """Bytes of the weights of each slot: the layers and, last, the output layer, which may repeat the embedding."""
+    """Bytes of the weights of each slot: the layers and, last, the output layer, which may repeat the embedding.
+
+    Each tensor may be padded to the alignment of its device.
+    """
     sizes = facts["tensor_bytes"]
+    padding = ALIGNMENT_BYTES * len(facts["layer_tensors"])
     output = sizes["output"] + (sizes["token_embd"] if facts["tied_output"] else 0)
-    return [*sizes["per_layer"], output]
+    return [*(size + padding for size in sizes["per_layer"]), output + 2 * ALIGNMENT_BYTES]
 
 
 def _other_weights(facts: Mapping[str, Any]) -> int:

@@ -307,9 +307,9 @@ def _slots(site: Site, tier: Tier) -> tuple[_Slot, ...]:
     """The devices of a tier: those of the workers first, then the head's own, which only CUDA gives it."""
     cuda = site.engine.backend == "cuda"
     if not cuda:
-        return tuple(_Slot(name, None, site.nodes[name].memory_mib, Device(remote=True)) for name in tier.workers)
+        return tuple(_Slot(name, None, site.nodes[name].memory_mib, Device()) for name in tier.workers)
     return tuple(
-        _Slot(name, index, gpu.free_mib, Device(cuda=True, remote=name != tier.head))
+        _Slot(name, index, gpu.free_mib, Device(cuda=True))
         for name in (*tier.workers, tier.head)
         for index, gpu in enumerate(site.nodes[name].gpus[: tier.gpus_per_node])
     )
@@ -364,19 +364,26 @@ def head_args(site: Site, tier: Tier, split: _Split, cpus: int, ubatch_tokens: i
 
 
 def _split_hosts(site: Site, tier: Tier, model: Model, batch: Batch, split: _Split) -> Iterator[tuple[str, memory.Use]]:
-    """Host memory of each node's part of the job. On CUDA weights pass through the page cache, so they count."""
+    """Host memory of each node's part of the job.
+
+    On CUDA it is an upper bound from the first cluster's incident, since it could not be measured here: workers were
+    killed at 64 GiB with 45 GiB of weights, and lived with 200. Each node is given all weights, which pass through
+    the page cache that its limit counts, all of the KV cache and the largest compute buffer.
+    """
     facts, cuda = model.facts, site.engine.backend == "cuda"
-    head_cpu = split.uses[-1]
-    own = memory.server_bytes(facts, batch, cuda=cuda) + memory.staging_bytes(facts)
-    weights = facts["tensor_bytes"]["total"] if cuda else head_cpu.weights
-    yield tier.head, memory.Use(weights, 0, head_cpu.compute, own + memory.JOB_BYTES)
-    for name in tier.workers:
-        here = _sum(use for slot, use in zip(split.slots, split.uses) if slot.node == name)
-        other = memory.rpc_server_bytes(facts, cuda=cuda) + memory.JOB_BYTES
+    head = memory.server_bytes(facts, batch, cuda=cuda) + memory.staging_bytes(facts)
+    worker = memory.rpc_server_bytes(facts, cuda=cuda)
+    for name in (tier.head, *tier.workers):
+        other = (head if name == tier.head else worker) + memory.JOB_BYTES
         if cuda:
-            yield name, memory.Use(here.weights, 0, 0, other)
+            whole = sum(use.kv for use in split.uses)
+            compute = max(use.compute for use in split.uses)
+            yield name, memory.Use(facts["tensor_bytes"]["total"], whole, compute, other)
+        elif name == tier.head:
+            yield name, dataclasses.replace(split.uses[-1], other=other)
         else:
-            yield name, memory.Use(here.weights, here.kv, here.compute, other)
+            here = _sum(use for slot, use in zip(split.slots, split.uses) if slot.node == name)
+            yield name, dataclasses.replace(here, other=other)
 
 
 @dataclass(frozen=True)
@@ -406,20 +413,28 @@ class _Wish:
         Empty when not even 256 tokens fit.
         """
         most = max(self.tier.context_tokens, 256)
-        context = _largest_context(lambda tokens: self._with(tokens).ubatch(site, model) is not None, most)
-        found = [self._with(context)] if context else []
+        context = _largest_context(lambda tokens: self.with_context(tokens).ubatch(site, model) is not None, most)
+        found = [self.with_context(context)] if context else []
         for tokens in (most >> shift for shift in range(most.bit_length() - 8)):
-            if tokens <= context and (self._with(tokens).ubatch(site, model) or 0) >= BRISK_UBATCH_TOKENS:
-                found.append(self._with(tokens))
+            if tokens <= context and (self.with_context(tokens).ubatch(site, model) or 0) >= BRISK_UBATCH_TOKENS:
+                found.append(self.with_context(tokens))
                 break
         return found
 
-    def _with(self, context_tokens: int) -> _Wish:
-        return dataclasses.replace(self, tier=dataclasses.replace(self.tier, context_tokens=context_tokens))
+    def with_context(self, context_tokens: int) -> _Wish:
+        return self.changed(context_tokens=context_tokens)
 
     def changed(self, flash_attention: bool | None = None, **changes: Any) -> _Wish:
         flash = self.flash_attention if flash_attention is None else flash_attention
         return _Wish(dataclasses.replace(self.tier, **changes), flash)
+
+
+def largest_context(site: Site, tier: Tier, model: Model, flash_attention: bool) -> int:
+    """The largest context of a layer-split tier, up to the one that it wishes, with its own micro-batch; 0: none."""
+    wish = _Wish(tier, flash_attention)
+    return _largest_context(
+        lambda tokens: wish.with_context(tokens).ubatch(site, model) is not None, tier.context_tokens
+    )
 
 
 def _wishes(site: Site, tier: Tier, model: Model, *, fits: bool) -> Iterator[tuple[str, _Wish]]:

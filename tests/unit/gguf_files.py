@@ -82,6 +82,10 @@ def write_model(
     writer.add_head_count_kv(n_head_kv)
     writer.add_context_length(context_length)
     writer.add_token_list([f"token-{number}" for number in range(n_vocab)])
+    # What llama.cpp wants besides, so that it loads the file; a tokenizer it does not need.
+    writer.add_vocab_size(n_vocab)
+    writer.add_tokenizer_model("none")
+    writer.add_layer_norm_rms_eps(1e-5)
     if head_dim is not None:
         writer.add_key_length(head_dim)
         writer.add_value_length(head_dim)
@@ -110,8 +114,13 @@ def write_model(
             tensor(f"{block}.attn_{part}.weight", rows, n_embd, layer=layer)
             if bias:
                 tensor(f"{block}.attn_{part}.bias", rows)
+            if part != "v" and architecture in ("qwen3", "gemma3"):
+                tensor(f"{block}.attn_{part}_norm.weight", size)
         tensor(f"{block}.attn_output.weight", n_embd, n_head * size, layer=layer)
         tensor(f"{block}.ffn_norm.weight", n_embd)
+        if architecture == "gemma3":
+            tensor(f"{block}.post_attention_norm.weight", n_embd)
+            tensor(f"{block}.post_ffw_norm.weight", n_embd)
         tensor(f"{block}.ffn_gate.weight", n_ff, n_embd, layer=layer)
         tensor(f"{block}.ffn_up.weight", n_ff, n_embd, layer=layer)
         tensor(f"{block}.ffn_down.weight", n_embd, n_ff, layer=layer)
