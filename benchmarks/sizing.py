@@ -1,7 +1,7 @@
 """Whether the planner is right: what it computes against what llama.cpp's own programs say and take.
 
-Needs a lab that serves (`make up`): `python -m benchmarks.sizing`. Runs the programs of the lab's build on one of
-its hosts; `--quick` is the short version that `make test` has. Writes docs/sizing.md (not with --quick); exits
+Needs a lab that serves (`make up`): `PYTHONPATH=src python -m benchmarks.sizing`. Runs the programs of its build on
+one of its hosts; `--quick` is the short version that `make test` has. Writes docs/sizing.md (not with --quick); exits
 with 1 when a bar is missed.
 """
 
@@ -328,14 +328,15 @@ def compare_compute(case: Case, named: Mapping[str, memory.Use], real: Mapping[s
 def within_weights(case: Case, name: str, planned: float, real: float, rounding: float, result: Result) -> None:
     if real < 20 * rounding:
         return
-    result.weights.append(planned / real)
+    if real >= 200 * rounding:
+        result.weights.append(planned / real)
     if not (1 - WEIGHTS_BAR) * real - rounding <= planned <= (1 + WEIGHTS_BAR) * (real + rounding):
         result.wrong.append(f"{case}: weights of {name} are {real:.2f} MiB, planned {planned:.2f}")
 
 
 def within_total(case: Case, name: str, use: memory.Use, real: float, result: Result) -> None:
-    planned = use.total / MIB
-    if real >= 1:
+    planned = (use.weights + use.kv + use.compute) / MIB
+    if real >= 200:
         result.totals.append(planned / real)
     if planned < real - 3 * ROUNDING_MIB:
         result.wrong.append(f"{case}: {name} takes {real:.2f} MiB in all, planned {planned:.2f}")

@@ -120,9 +120,21 @@ def cuda_pool_bytes(facts: Mapping[str, Any], batch: Batch) -> int:
     return _pad(max(needs), CUDA_POOL_STEP)
 
 
+def cpu_work_bytes(facts: Mapping[str, Any], batch: Batch) -> int:
+    """Temporaries of the greediest product on a CPU: its right side in the type of its left (ggml_graph_plan).
+
+    Without flash attention that is the softmax of a layer's scores in f16, which V has. Quantised weights want less
+    than the f16 that is counted here.
+    """
+    layers, tokens = facts["n_layers"], batch.tokens
+    widest = max(*architectures.per_layer(facts["n_ff"], layers), int(facts["n_embd"]))
+    heads = max(architectures.per_layer(facts["n_head"], layers))
+    return 2 * tokens * max(widest, 0 if batch.flash_attention else batch.cells * heads)
+
+
 @dataclass(frozen=True)
 class Use:
-    """Bytes that one model takes of one device."""
+    """Bytes that one model takes of one device; ``other`` are temporaries and, on CUDA, the context."""
 
     weights: int
     kv: int
@@ -158,13 +170,14 @@ def uses_with(
         weights[place] += _other_weights(facts)
     if not (facts["tied_output"] and places[-1] == cpu):
         weights[cpu] += facts["tensor_bytes"]["token_embd"]
-    pool = cuda_pool_bytes(facts, batch)
+    on_cuda = CUDA_CONTEXT_BYTES + cuda_pool_bytes(facts, batch)
+    on_cpu = cpu_work_bytes(facts, batch)
     return [
         Use(
             weights=weights[index],
             kv=kv[index],
             compute=compute[index],
-            other=CUDA_CONTEXT_BYTES + pool if device.cuda and index in places else 0,
+            other=(on_cuda if device.cuda else on_cpu) if index in places else 0,
         )
         for index, device in enumerate(devices)
     ]

@@ -102,7 +102,7 @@ def _loaded(model: Model, tier: Tier, batch: Batch, cuda: bool) -> _Loaded:
     own = memory.server_bytes(facts, batch, cuda=cuda, prompt_cache_mib=tier.prompt_cache_mib)
     on_host = uses[-1]
     weights = facts["tensor_bytes"]["total"] if cuda else on_host.weights
-    return _Loaded(model.name, uses[0], memory.Use(weights, on_host.kv, on_host.compute, own))
+    return _Loaded(model.name, uses[0], memory.Use(weights, on_host.kv, on_host.compute, on_host.other + own))
 
 
 def router_args(site: Site, tier: Tier, cpus: int, ubatch_tokens: int) -> list[str]:
@@ -383,7 +383,7 @@ def _split_hosts(site: Site, tier: Tier, model: Model, batch: Batch, split: _Spl
             yield name, dataclasses.replace(split.uses[-1], other=other)
         else:
             here = _sum(use for slot, use in zip(split.slots, split.uses) if slot.node == name)
-            yield name, dataclasses.replace(here, other=other)
+            yield name, dataclasses.replace(here, other=here.other + other)
 
 
 @dataclass(frozen=True)

@@ -109,7 +109,8 @@ def test_cpu_host_memory_is_the_sum_of_its_parts() -> None:
     assert row["weights"] == 2 * 38 + 1
     assert row["kv"] == 2 * 4
     # The router, and each process's own share and prompt cache.
-    own = memory.server_bytes(headers["a"], plan.batch_of(read(value, headers), tier, 512), cuda=False)
+    batch = plan.batch_of(read(value, headers), tier, 512)
+    own = memory.server_bytes(headers["a"], batch, cuda=False) + memory.cpu_work_bytes(headers["a"], batch)
     assert row["other"] == memory.mib(memory.SERVER_BYTES + memory.JOB_BYTES + 2 * (own + 100 * 2**20))
     assert row["total"] == row["weights"] + row["kv"] + row["compute"] + row["other"] == got["slurm"]["mem_mib"]
     assert row["headroom"] == row["limit"] - row["total"]
