@@ -62,7 +62,7 @@ class Figures:
 
     @property
     def bar_met(self) -> bool:
-        return self.survived and self.peak_mib <= self.planned_mib and self.starved_end not in ("it lived", *LIVING)
+        return self.survived and self.peak_mib <= self.planned_mib and "exceeded memory limit" in self.starved_end
 
     def text(self) -> str:
         return (
@@ -157,6 +157,17 @@ class _Site:
         lab.output(self.controller, "scancel", str(job))
         self.wait_for_end(job)
 
+    def words(self, job: int) -> str:
+        """How a job ended: Slurm's word, and what slurmd said of its memory."""
+        command = [
+            "sed",
+            "-n",
+            r"s/.*exceeded memory limit (\([0-9]* > [0-9]*\)).*/\1/p",
+            f"{self.folder}/logs/{job}.log",
+        ]
+        state, sizes = self.wait_for_end(job), lab.output(self.controller, *command).splitlines()
+        return f"{state}, slurmd: exceeded memory limit ({sizes[0]} bytes)" if sizes else state
+
     def clear(self) -> None:
         lab.output(self.controller, "rm", "-rf", self.folder)
 
@@ -168,7 +179,7 @@ def _live(site: _Site, mem_mib: int) -> tuple[bool, float, str]:
     peak = 0.0
     try:
         if not site.ready(job):
-            return False, peak, site.wait_for_end(job)
+            return False, peak, site.words(job)
         prompt = site.read_prompt()
         while prompt.poll() is None:
             if site.state(job) == "RUNNING":
@@ -178,7 +189,7 @@ def _live(site: _Site, mem_mib: int) -> tuple[bool, float, str]:
             # The last look of slurmd is a second old at most.
             time.sleep(2)
             return True, max(peak, site.peak_mib(job)), "it lived"
-        return False, peak, site.wait_for_end(job)
+        return False, peak, site.words(job)
     finally:
         site.end(job)
 
