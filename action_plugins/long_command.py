@@ -158,9 +158,9 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible-core ships no t
                 f"progress_regex: {args['progress_regex']!r} is no regular expression: {error}. Correct it."
             ) from None
         result: dict[str, Any] = self._execute_module(module_name="long_command", module_args=args, task_vars=task_vars)
-        follow = result.pop("follow", False)
+        follow, told = result.pop("follow", False), result.pop("told", "")
         if result.get("changed") and not result.get("failed"):
-            result["diff"] = {"prepared": self._command_text(follow)}
+            result["diff"] = {"prepared": self._command_text(follow) + told}
         if follow:
             result.update(self._follow(str(args["name"]), result, regex, (task_vars or {})["inventory_hostname"]))
         self._remove_tmp_path(self._connection._shell.tmpdir)

@@ -10,7 +10,7 @@ from typing import Any
 # Ansible loads this file by its path and knows nothing of src/.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
-from gleaner import plan, site, slurmconf
+from gleaner import digest, plan, site, slurmconf
 
 _NODE_VARIABLES = ("cluster_address", "rpc_address", "cpus", "memory_mib", "gpus", "sockets", "threads_per_core")
 
@@ -53,6 +53,10 @@ def site_problems(value: Mapping[str, Any]) -> list[dict[str, str]]:
 def tier_plan(value: Mapping[str, Any], tier: str) -> dict[str, Any]:
     whole = _plain(value)
     return plan.plan_tier(whole, str(tier), site.read_headers(whole))
+
+
+def tier_digest(value: Mapping[str, Any], script: str) -> str:
+    return digest.of(_plain(value), str(script))
 
 
 def site_plans(value: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -116,5 +120,6 @@ class FilterModule:
             "slurm_policy_gap": slurm_policy_gap,
             "slurm_preemption_settings": slurm_preemption_settings,
             "slurm_version_of": slurm_version_of,
+            "tier_digest": tier_digest,
             "tier_plan": tier_plan,
         }

@@ -66,6 +66,7 @@ options:
     description:
       - A command that only reads, run before, also in check mode. Exit 0 means that there is nothing to do.
       - It has the same user, folder and environment. When it cannot run at all, the work is to be done.
+      - What it prints is part of the diff, so that it can say what is to be done.
     type: list
     elements: str
   progress_regex:
@@ -86,7 +87,7 @@ attributes:
     description: Says from O(creates) and O(unless) whether the command would run.
     support: full
   diff_mode:
-    description: Shows the command.
+    description: Shows the command, and what O(unless) printed.
     support: full
 """
 
@@ -201,11 +202,12 @@ def is_running(unit: Mapping[str, str], mark: str) -> bool:
     return running
 
 
-def nothing_to_do(params: Mapping[str, Any], environment: Mapping[str, str]) -> bool:
+def condition(params: Mapping[str, Any], environment: Mapping[str, str]) -> tuple[bool, str]:
+    """Return whether there is nothing to do, and what the condition printed."""
     if params["creates"] and os.path.exists(params["creates"]):
-        return True
+        return True, ""
     if not params["unless"]:
-        return False
+        return False, ""
     try:
         account = pwd.getpwnam(params["user"])
         switch: dict[str, Any] = {}
@@ -216,6 +218,8 @@ def nothing_to_do(params: Mapping[str, Any], environment: Mapping[str, str]) -> 
             params["unless"],
             stdin=subprocess.DEVNULL,
             capture_output=True,
+            text=True,
+            errors="replace",
             check=False,
             cwd=params["chdir"],
             env={**os.environ, "HOME": account.pw_dir, **environment},
@@ -224,8 +228,8 @@ def nothing_to_do(params: Mapping[str, Any], environment: Mapping[str, str]) -> 
         )
     except (OSError, KeyError, subprocess.SubprocessError):
         # On a virgin host the program, its folder or its user is still to come.
-        return False
-    return done.returncode == 0
+        return False, ""
+    return done.returncode == 0, done.stdout
 
 
 def forget(name: str) -> None:
@@ -278,6 +282,7 @@ def main() -> None:
     plain = {name: str(value) for name, value in params["environment"].items()}
     environment = {**plain, **{name: str(value) for name, value in params["secret_environment"].items()}}
     log = LOG_DIRECTORY / f"{params['name']}.log"
+    told = ""
     try:
         if not UNIT_NAME.fullmatch(params["name"]):
             raise LongCommandError("the name of a unit has only letters, digits and :_.- in it.")
@@ -287,13 +292,14 @@ def main() -> None:
         if not running:
             if unit["LoadState"] != "not-found" and not module.check_mode:
                 forget(params["name"])
-            if nothing_to_do(params, environment):
+            nothing_to_do, told = condition(params, environment)
+            if nothing_to_do:
                 module.exit_json(changed=False, follow=False)
             if not module.check_mode:
                 start(params, mark, environment, log)
     except LongCommandError as error:
         module.fail_json(msg=f"{params['title'] or params['name']}: unit {params['name']!r}: {error}")
-    module.exit_json(changed=True, follow=not module.check_mode, attached=running, log=str(log))
+    module.exit_json(changed=True, follow=not module.check_mode, attached=running, log=str(log), told=told)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from gleaner import files, heartbeat, slurm
+from gleaner import digest, files, heartbeat, slurm
 from gleaner.journal import OnChange, notify, say
 from gleaner.states import Exit
 
@@ -25,6 +25,8 @@ GOOD_RUN_SECONDS = 300
 # A job that ends cleanly sooner than this, unpreempted, did not do its work.
 SHORT_RUN_SECONDS = 10
 COMMAND_SECONDS = 10.0
+SCRIPT_LIMIT = 1 << 16
+WAITING_STATES = {"PENDING", "CONFIGURING"}
 LIVING_STATES = {"PENDING", "CONFIGURING", "RUNNING", "SUSPENDED", "STOPPED", "COMPLETING"}
 
 
@@ -33,12 +35,17 @@ class TierConfig:
     tier: str
     job_name: str
     script: str
+    digest: str
 
 
 @dataclass(frozen=True)
 class Config:
     service_user: str
     poll_seconds: float
+    yield_seconds: float
+    """How long a job that was told to yield may take, before it is cancelled."""
+    accounting_seconds: float
+    """How long accounting is asked who cancelled a job."""
     state: Path
     tiers: tuple[TierConfig, ...]
 
@@ -49,9 +56,17 @@ class Config:
             return cls(
                 service_user=str(value["service_user"]),
                 poll_seconds=float(value["poll_seconds"]),
+                yield_seconds=float(value["yield_seconds"]),
+                accounting_seconds=float(value["accounting_seconds"]),
                 state=Path(value["state"]),
                 tiers=tuple(
-                    TierConfig(str(tier["tier"]), str(tier["job_name"]), str(tier["script"])) for tier in value["tiers"]
+                    TierConfig(
+                        tier=str(tier["tier"]),
+                        job_name=str(tier["job_name"]),
+                        script=str(tier["script"]),
+                        digest=str(tier["digest"]),
+                    )
+                    for tier in value["tiers"]
                 ),
             )
         except (KeyError, TypeError, ValueError) as error:
@@ -63,9 +78,14 @@ class TierState:
     """What the keeper remembers of a tier over its own restarts."""
 
     job: int = 0
+    digest: str = ""
+    """What that job, or the last one, was made from."""
+    ending: bool = False
+    """The keeper itself is ending the job."""
     failures: int = 0
     held: bool = False
     why: str = ""
+    """Of a tier that is held, or whose job is being ended, or whose last job is not accounted for yet."""
 
 
 def load_state(path: Path) -> dict[str, TierState]:
@@ -75,6 +95,9 @@ def load_state(path: Path) -> dict[str, TierState]:
         return {
             str(tier): TierState(
                 job=int(kept["job"]),
+                # Not in what an older version wrote.
+                digest=str(kept.get("digest", "")),
+                ending=bool(kept.get("ending", False)),
                 failures=int(kept["failures"]),
                 held=bool(kept["held"]),
                 why=str(kept["why"]),
@@ -97,10 +120,27 @@ def pause_seconds(failures: int) -> int:
     return 0 if failures <= 0 else PAUSES_SECONDS[min(failures, len(PAUSES_SECONDS)) - 1]
 
 
+def held_by_person(job: slurm.Job) -> bool:
+    return job.state == "PENDING" and job.reason.startswith("JobHeld")
+
+
 def held_by_slurm(job: slurm.Job) -> bool:
     """Slurm itself holds the job after a launch failure; a person's hold reads JobHeldUser/JobHeldAdmin."""
     words = job.reason.replace("_", " ").lower()
     return job.state == "PENDING" and "requeued" in words and "held" in words
+
+
+def digest_of(job: slurm.Job, state: TierState) -> str:
+    """What the job was made from: by its comment, or, where a site's Slurm changes comments, by our memory."""
+    return digest.read(job.comment) or (state.digest if job.id == state.job else "")
+
+
+def script_digest(script: str) -> str:
+    """The digest that the job script carries; empty when it has none or cannot be read."""
+    try:
+        return digest.read(files.read_bounded(Path(script), SCRIPT_LIMIT).decode(errors="replace"))
+    except (OSError, ValueError):
+        return ""
 
 
 @dataclass(frozen=True)
@@ -138,6 +178,8 @@ class Keeper:
         self.config = config
         self.state: dict[str, TierState] = {}
         self.not_before: dict[str, float] = {}
+        self.told: dict[int, float] = {}
+        self.ask_until: dict[int, float] = {}
         self.changes = OnChange()
 
     def poll(self) -> None:
@@ -169,24 +211,41 @@ class Keeper:
 
     def _keep(self, tier: TierConfig, state: TierState, jobs: list[slurm.Job]) -> None:
         living = [job for job in jobs if job.state != "COMPLETING"]
-        if living:
-            job = max(living, key=lambda one: (one.state == "RUNNING", -one.id))
-            self._look_after(tier, state, job)
+        outdated = [job for job in living if self._has_to_go(tier, state, job)]
+        if outdated:
+            # First the one that waits: it would start where the running one ends.
+            self._replace(tier, state, min(outdated, key=lambda one: one.state not in WAITING_STATES))
+        elif living:
+            self._look_after(tier, state, max(living, key=lambda one: (one.state == "RUNNING", -one.id)))
         elif state.held:
             self.changes.say(tier.tier, f"{tier.tier}: held ({state.why}), left alone")
         elif jobs:
             self.changes.say(tier.tier, f"{tier.tier}: job {jobs[0].id} is completing")
         elif state.job:
             self._account(tier, state)
-        elif self._waited(tier, state):
-            self._submit(tier, state)
+        else:
+            if state.failures and self._outdated(tier, state.digest):
+                say(f"{tier.tier}: its plan has changed, the failures of the old one do not count")
+                state.failures = 0
+            if self._waited(tier, state):
+                self._submit(tier, state)
 
-    def _look_after(self, tier: TierConfig, state: TierState, job: slurm.Job) -> None:
-        state.job = job.id
+    # A living job
+
+    def _take(self, tier: TierConfig, state: TierState, job: slurm.Job) -> None:
+        """This is the tier's job now."""
+        state.digest = digest_of(job, state)
+        if state.job != job.id:
+            state.job, state.ending = job.id, False
         if state.held:
             # Who held the tier took it back: as the service user, or there would be no job.
             say(f"{tier.tier}: no longer held, job {job.id} was submitted by hand")
-            state.held, state.why = False, ""
+            state.held = False
+        if not state.ending:
+            state.why = ""
+
+    def _look_after(self, tier: TierConfig, state: TierState, job: slurm.Job) -> None:
+        self._take(tier, state, job)
         where = f" on {job.nodes}" if job.state == "RUNNING" else ""
         reason = f" ({job.reason})" if job.state == "PENDING" and job.reason not in ("", "None") else ""
         self.changes.say(tier.tier, f"{tier.tier}: job {job.id} is {job.state.lower()}{where}{reason}")
@@ -208,31 +267,107 @@ class Keeper:
                 say(f"{tier.tier}: job {job.id} released")
                 self.changes.clear(key)
 
+    def _has_to_go(self, tier: TierConfig, state: TierState, job: slurm.Job) -> bool:
+        # What a person holds must not come back under another number.
+        if held_by_person(job):
+            return False
+        # A job that was told to yield does so, even if its plan is the current one again.
+        return digest.is_replaced(job.comment) or self._outdated(tier, digest_of(job, state))
+
+    def _outdated(self, tier: TierConfig, made_from: str) -> bool:
+        """A job made from this is not the one that would be submitted now.
+
+        Between the writing of a job script and that of our configuration nobody can tell, so none is ended.
+        """
+        if made_from == tier.digest:
+            return False
+        script = script_digest(tier.script)
+        key = f"{tier.tier}/script"
+        if script == tier.digest:
+            self.changes.clear(key)
+            return True
+        self.changes.say(
+            key,
+            f"{tier.tier}: {tier.script}: digest: got {script or 'none'}, want {tier.digest}: "
+            "its jobs stay as they are until playbooks/tiers.yml has run to its end",
+        )
+        return False
+
+    def _replace(self, tier: TierConfig, state: TierState, job: slurm.Job) -> None:
+        """End a job whose plan is not the current one; when it is gone, the next one is submitted as ever."""
+        self._take(tier, state, job)
+        state.ending, state.why = True, f"job {job.id} is being replaced: its plan is not the current one"
+        self.changes.say(tier.tier, f"{tier.tier}: {state.why}")
+        self._end(tier.tier, job.id, job.state, state.digest)
+
+    def _end(self, name: str, job_id: int, job_state: str, made_from: str) -> None:
+        """Cancel a job that serves nobody; have one that runs yield, and cancel it when it does not."""
+        now = time.monotonic()
+        told = self.told.get(job_id)
+        if job_state in WAITING_STATES:
+            slurm.cancel(job_id)
+            self.told.pop(job_id, None)
+            say(f"{name}: job {job_id} cancelled")
+        elif told is None:
+            try:
+                slurm.comment(job_id, digest.replaced(made_from))
+            except slurm.SlurmError as error:
+                say(f"{name}: job {job_id} cannot be told why it has to yield: {error}")
+            slurm.terminate(job_id)
+            self.told[job_id] = now
+            say(f"{name}: job {job_id} told to yield")
+        elif now - told >= self.config.yield_seconds:
+            slurm.cancel(job_id)
+            self.told[job_id] = now
+            say(f"{name}: job {job_id} did not yield within {self.config.yield_seconds:g} s and is cancelled")
+
+    # A job that is gone
+
     def _account(self, tier: TierConfig, state: TierState) -> None:
         """The job that we knew is gone: find out how it ended before another is submitted."""
         job_id = state.job
         fields = self._fields(job_id)
-        if fields and self._end_stray(tier.tier, job_id, fields):
+        if fields and self._end_stray(tier.tier, state, fields):
             return
         end = how_it_ended(fields) if fields else End(False, False, False, "forgotten by Slurm")
         if end.cancelled:
-            uid = slurm.canceller(job_id)
-            if uid is None:
-                self.changes.say(tier.tier, f"{tier.tier}: job {job_id} was cancelled; asking accounting by whom")
+            why = self._why_cancelled(state)
+            if why is None:
+                self.changes.say(tier.tier, f"{tier.tier}: {state.why}")
                 return
-            if uid != os.getuid():
-                state.held, state.why = True, f"job {job_id} was cancelled by uid {uid}"
+            state.held, state.why = bool(why), why
+        # A job that had to end, or of another plan, tells nothing of the next one.
+        done = state.ending or self._outdated(tier, state.digest)
         say(f"{tier.tier}: job {job_id} ended: {end.words}")
-        state.job = 0
-        if end.good_run:
+        state.job, state.ending = 0, False
+        state.why = state.why if state.held else ""
+        self.told.pop(job_id, None)
+        if end.good_run or done:
             state.failures = 0
-        if end.failed:
+        if end.failed and not done:
             self._failed(tier, state)
+
+    def _why_cancelled(self, state: TierState) -> str | None:
+        """Why the tier is held now that its job was cancelled; empty when we did it, None while nobody knows."""
+        doubt = ""
+        try:
+            uid = slurm.canceller(state.job)
+        except slurm.SlurmError as error:
+            uid, doubt = None, f" ({error})"
+        now, seconds = time.monotonic(), self.config.accounting_seconds
+        if uid is None and now < self.ask_until.setdefault(state.job, now + seconds):
+            state.why = f"job {state.job} was cancelled; asking accounting by whom{doubt}"
+            return None
+        self.ask_until.pop(state.job, None)
+        if uid is None:
+            unknown = f"job {state.job} was cancelled, and accounting did not say by whom within {seconds:g} s{doubt}"
+            return "" if state.ending else unknown
+        return "" if uid == os.getuid() else f"job {state.job} was cancelled by uid {uid}"
 
     def _let_go(self, name: str, state: TierState) -> None:
         """A tier that the configuration no longer has: end its job, then forget it."""
         fields = self._fields(state.job) if state.job else None
-        if not (fields and self._end_stray(name, state.job, fields)):
+        if not (fields and self._end_stray(name, state, fields)):
             say(f"{name}: no longer a tier, forgotten")
             del self.state[name]
 
@@ -246,17 +381,19 @@ class Keeper:
             return None
         return fields if fields.get("UserId", "").startswith(f"{self.config.service_user}(") else None
 
-    def _end_stray(self, name: str, job_id: int, fields: dict[str, str]) -> bool:
+    def _end_stray(self, name: str, state: TierState, fields: dict[str, str]) -> bool:
         """True while a job lives that belongs to no tier under this name any more; it must not keep its GPU."""
-        state = fields["JobState"].split(",")[0]
-        if state not in LIVING_STATES:
+        job_state = fields["JobState"].split(",")[0]
+        if job_state not in LIVING_STATES:
             return False
         if any(fields.get("JobName") == tier.job_name for tier in self.config.tiers if tier.tier == name):
             # squeue just missed it.
             return True
-        self.changes.say(name, f"{name}: ending job {job_id} ({fields.get('JobName')}), which the inventory gave up")
-        if state != "COMPLETING":
-            slurm.cancel(job_id)
+        state.ending = True
+        state.why = f"job {state.job} ({fields.get('JobName')}) is being ended: the inventory gave it up"
+        self.changes.say(name, f"{name}: {state.why}")
+        if job_state != "COMPLETING":
+            self._end(name, state.job, job_state, state.digest)
         return True
 
     def _failed(self, tier: TierConfig, state: TierState) -> None:
@@ -273,6 +410,7 @@ class Keeper:
         return now >= self.not_before.setdefault(tier.tier, now + pause_seconds(state.failures))
 
     def _submit(self, tier: TierConfig, state: TierState) -> None:
+        state.digest = script_digest(tier.script)
         try:
             state.job = slurm.submit(tier.script)
         except slurm.SlurmError as error:

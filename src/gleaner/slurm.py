@@ -10,6 +10,7 @@ import re
 import subprocess
 from dataclasses import dataclass
 
+from gleaner import digest
 from gleaner.states import Cause
 
 _ABSENT = {"", "N/A", "None", "(null)", "Unknown"}
@@ -33,6 +34,7 @@ class Job:
     run_seconds: int
     nodes: str
     reason: str
+    comment: str = ""
 
 
 # squeue cuts a field at its size, so sizes are generous.
@@ -46,6 +48,8 @@ _COLUMNS = (
     "TimeUsed:24",
     "NodeList:128",
     "Reason:160",
+    # The last one, since a comment may hold the separator.
+    "Comment:128",
 )
 
 
@@ -128,6 +132,7 @@ def parse_jobs(text: str) -> list[Job]:
                 run_seconds=seconds(cells[6]) or 0,
                 nodes=cells[7],
                 reason=cells[8].strip("()"),
+                comment="|".join(cells[9:]).rstrip("| "),
             )
         )
     return found
@@ -161,7 +166,9 @@ def cause_of_stop(fields: dict[str, str], signal_seconds: int = 0) -> Cause:
     limit, used = seconds(fields.get("TimeLimit", "")), seconds(fields.get("RunTime", ""))
     if limit and used is not None and used + signal_seconds + _LIMIT_RESOLUTION_SECONDS >= limit:
         return Cause.TIME_LIMIT
-    return Cause.ASKED if running else Cause.CANCELLED
+    if not running:
+        return Cause.CANCELLED
+    return Cause.REPLACED if digest.is_replaced(fields.get("Comment", "")) else Cause.ASKED
 
 
 def preempted(preempt_time: str, start_time: str) -> bool:
@@ -200,6 +207,16 @@ def requeue(job_id: int) -> None:
 
 def cancel(job_id: int) -> None:
     run(["scancel", str(job_id)])
+
+
+def terminate(job_id: int) -> None:
+    """TERM to the batch step alone: for Slurm the job goes on, so that its supervisor can drain."""
+    run(["scancel", "--batch", "--signal=TERM", str(job_id)])
+
+
+def comment(job_id: int, text: str) -> None:
+    """Change the comment of one's own job."""
+    run(["scontrol", "update", f"JobId={job_id}", f"Comment={text}"])
 
 
 def release(job_id: int) -> None:

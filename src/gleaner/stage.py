@@ -1,7 +1,10 @@
 """Model files on a node: only verified ones are visible under their name (`gleaner models`).
 
-Work files live in `.staging/` of the same folder. `.staging/verified.json` remembers what was hashed, so
-that 45 GB are read once and not at every run.
+Work files live in `.staging/` of the same folder: `NAME.part` is on its way in, `NAME.doubt` was visible and has to be
+read, `NAME.gone` is on its way out. `.staging/verified.json` remembers what was hashed, so that 45 GB are read once and
+not at every run, and what we brought ourselves, which alone is ours to remove.
+
+The routers of this node are told of each change: they read the folder only when they start or are asked to.
 """
 
 from __future__ import annotations
@@ -26,8 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from gleaner import files, record, slurm, upstream
-from gleaner.record import Record, Unreadable, Withdrawn
+from gleaner import files
 
 EXIT_FAILED = 1
 EXIT_REFUSED = 2
@@ -40,6 +42,9 @@ ATTEMPTS = 5
 GIB = 1 << 30
 # Left free on the disk beside the model, so that logs and caches still find room.
 SPARE_BYTES = 64 << 20
+# A router that unloads a model answers when its process has ended, which it kills after 10 s.
+TELL_SECONDS = 60.0
+LOOK_SECONDS = 5.0
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -62,6 +67,11 @@ class Model:
 class Spec:
     directory: Path
     models: tuple[Model, ...]
+    address: str
+    """Where routers of this node listen, each on one of the ports."""
+    ports: tuple[int, ...]
+    drain_seconds: float
+    """How long requests in flight may go on when their model leaves."""
 
     @classmethod
     def load(cls, path: Path) -> Spec:
@@ -69,6 +79,9 @@ class Spec:
         try:
             directory = Path(value["directory"])
             models = tuple(_model(entry) for entry in value["models"])
+            address = str(value["routers"]["address"])
+            ports = tuple(int(port) for port in value["routers"]["ports"])
+            drain_seconds = float(value["routers"]["drain_seconds"])
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path}: not a model list ({error!r}): run playbooks/tiers.yml") from None
         except ValueError as error:
@@ -77,14 +90,21 @@ class Spec:
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(f"{path}: models[].name: got {twice[0]} twice, want each once")
-        return cls(directory, models)
+        return cls(directory, models, address, ports, drain_seconds)
 
     @property
     def staging(self) -> Path:
         return self.directory / ".staging"
 
-    def path_of(self, model: Model) -> Path:
-        return self.directory / f"{model.name}.gguf"
+    def path_of(self, name: str) -> Path:
+        return self.directory / f"{name}.gguf"
+
+    def work_file(self, name: str, kind: str) -> Path:
+        return self.staging / f"{name}.{kind}"
+
+    def named(self, kind: str) -> list[str]:
+        """Of which models there are work files of this kind."""
+        return sorted(path.name[: -len(kind) - 1] for path in self.staging.glob(f"*.{kind}"))
 
 
 def _model(entry: dict[str, Any]) -> Model:
@@ -119,46 +139,106 @@ def load_verified(spec: Spec) -> dict[str, dict[str, Any]]:
         value = json.loads(files.read_bounded(spec.staging / "verified.json", files.JSON_LIMIT))
     except (OSError, ValueError):
         return {}
-    return value if isinstance(value, dict) else {}
+    return {name: entry for name, entry in value.items() if isinstance(entry, dict)} if isinstance(value, dict) else {}
 
 
-def note_verified(spec: Spec, model: Model) -> None:
+def note_verified(spec: Spec, model: Model, staged: bool) -> None:
+    """Remember a visible file as hashed. What we staged stays ours when it is only read again."""
     known = load_verified(spec)
-    known[model.name] = {"sha256": model.sha256, **fingerprint(spec.path_of(model))}
-    known = {name: entry for name, entry in known.items() if (spec.directory / f"{name}.gguf").exists()}
+    before = known.get(model.name, {})
+    ours = staged or (before.get("staged") is True and before.get("sha256") == model.sha256)
+    known[model.name] = {"sha256": model.sha256, "staged": ours, **fingerprint(spec.path_of(model.name))}
+    known = {name: entry for name, entry in known.items() if spec.path_of(name).exists()}
     files.write_atomic(spec.staging / "verified.json", (json.dumps(known, indent=1) + "\n").encode())
+
+
+def is_what_was_noted(path: Path, entry: dict[str, Any]) -> bool:
+    """The file is still the one that was hashed; FileNotFoundError when there is none."""
+    return all(entry.get(key) == value for key, value in fingerprint(path).items())
 
 
 def state_of(spec: Spec, model: Model) -> str:
     """present, missing, changed (not the wanted content) or unverified (there, but not hashed yet)."""
-    path = spec.path_of(model)
+    known = load_verified(spec).get(model.name, {})
     try:
-        now = fingerprint(path)
+        if not is_what_was_noted(spec.path_of(model.name), known):
+            return "unverified"
     except FileNotFoundError:
         return "missing"
-    known = load_verified(spec).get(model.name)
-    if not isinstance(known, dict) or any(known.get(key) != value for key, value in now.items()):
-        return "unverified"
     return "present" if known.get("sha256") == model.sha256 else "changed"
 
 
-def unknown_files(spec: Spec) -> list[str]:
-    """Visible model files that the list does not name: the router serves them, nobody vouches for them."""
-    wanted = {spec.path_of(model).name for model in spec.models}
-    with contextlib.suppress(FileNotFoundError):
-        return sorted(path.name for path in spec.directory.glob("*.gguf") if path.name not in wanted)
-    return []
+def leaving(spec: Spec) -> list[str]:
+    """Models that we staged and the list no longer names."""
+    wanted = {model.name for model in spec.models}
+    found = []
+    for name, entry in sorted(load_verified(spec).items()):
+        if name in wanted or entry.get("staged") is not True or not _NAME.fullmatch(name):
+            continue
+        with contextlib.suppress(FileNotFoundError):
+            if is_what_was_noted(spec.path_of(name), entry):
+                found.append(name)
+    return found
+
+
+def left_over(spec: Spec) -> list[Path]:
+    """Work files that nothing goes on with: of models on their way out, and downloads that are not wanted any more."""
+    wanted = {model.name for model in spec.models}
+    parts = [name for name in spec.named("part") if name not in wanted]
+    return [
+        *(spec.work_file(name, "gone") for name in spec.named("gone")),
+        *(spec.work_file(name, "part") for name in parts),
+    ]
+
+
+def foreign(spec: Spec) -> list[Path]:
+    """Model files that we neither staged nor were told of: the router serves them, nobody vouches for them."""
+    known = {f"{name}.gguf" for name in [*(model.name for model in spec.models), *leaving(spec)]}
+    return sorted(path for path in spec.directory.glob("*.gguf") if path.name not in known)
+
+
+def unlisted(spec: Spec) -> list[str]:
+    """Models that are there, but unknown to a running router."""
+    present = {model.name for model in spec.models if state_of(spec, model) == "present"}
+    missing: set[str] = set()
+    for port in spec.ports if present else ():
+        # One that does not run, or does not answer, has nothing to be told now.
+        with contextlib.suppress(OSError, ValueError, http.client.HTTPException):
+            missing |= present - set(listed(spec.address, port, "", LOOK_SECONDS))
+    return sorted(missing)
 
 
 def check(spec: Spec) -> dict[str, Any]:
-    """What `gleaner models check` prints."""
+    """What `gleaner models check` tells."""
     states = {model.name: state_of(spec, model) for model in spec.models}
-    return {
+    found: dict[str, Any] = {
         "directory": str(spec.directory),
-        "complete": all(state == "present" for state in states.values()),
         "models": states,
-        "unknown": unknown_files(spec),
+        "leaving": leaving(spec),
+        "left_over": [path.name for path in left_over(spec)],
+        "unlisted": unlisted(spec),
+        "foreign": [path.name for path in foreign(spec)],
     }
+    todo = found["leaving"] or found["left_over"] or found["unlisted"]
+    return {**found, "complete": not todo and all(state == "present" for state in states.values())}
+
+
+_STATE_WORDS = {
+    "missing": "is not there, to be staged",
+    "changed": "has another content than the inventory names, to be replaced",
+    "unverified": "was not verified, to be read before it is served",
+}
+
+
+def words(found: dict[str, Any]) -> list[str]:
+    """The same for people, a line each: what `gleaner models stage` would do, and what it leaves alone."""
+    return [
+        *(f"{name} {_STATE_WORDS[state]}" for name, state in found["models"].items() if state != "present"),
+        *(f"{name} is no longer in the inventory, to be removed" for name in found["leaving"]),
+        *(f"{name} is left over, to be removed" for name in found["left_over"]),
+        *(f"{name} is not listed by a running router, which is to be told" for name in found["unlisted"]),
+        *(f"{name} is not in the inventory and was not staged by gleaner, left alone" for name in found["foreign"]),
+    ]
 
 
 # Staging
@@ -284,25 +364,40 @@ def check_header(path: Path, model: Model) -> None:
         raise StageError(f"{model.name}: sha256 is right, but the file is not servable: {error}") from None
 
 
-def adopt_visible(spec: Spec, model: Model) -> bool:
-    """A file that is visible but not noted: note it if its content is right."""
-    path = spec.path_of(model)
-    print(f"{model.name} is there, reading it to verify", flush=True)
-    if hash_file(path, Progress(model.name, path.stat().st_size)) != model.sha256:
+def show(spec: Spec, model: Model, path: Path, staged: bool) -> None:
+    """Make a verified work file visible."""
+    path.chmod(0o644)
+    os.replace(path, spec.path_of(model.name))
+    fd = os.open(spec.directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+    note_verified(spec, model, staged)
+
+
+def vindicate(spec: Spec, model: Model) -> bool:
+    """Make a file visible again that was hidden for doubt, if its content is right."""
+    doubt = spec.work_file(model.name, "doubt")
+    if not doubt.exists():
         return False
-    check_header(path, model)
-    note_verified(spec, model)
+    print(f"{model.name} is there, reading it to verify", flush=True)
+    if hash_file(doubt, Progress(model.name, doubt.stat().st_size)) != model.sha256:
+        doubt.unlink()
+        print(f"{model.name} was there with another content, removed", flush=True)
+        return False
+    check_header(doubt, model)
+    show(spec, model, doubt, staged=False)
     return True
 
 
 def stage_one(spec: Spec, model: Model) -> bool:
     """Make the model visible and verified; true when anything had to be done. StageError if it cannot be."""
-    state = state_of(spec, model)
-    if state == "present":
+    if state_of(spec, model) == "present":
         return False
-    if state == "unverified" and adopt_visible(spec, model):
+    if vindicate(spec, model):
         return True
-    part = spec.staging / f"{model.name}.part"
+    part = spec.work_file(model.name, "part")
     if model.size_bytes is not None:
         have = part.stat().st_size if part.exists() else 0
         require_space(spec, model, max(model.size_bytes - have, 0))
@@ -318,16 +413,39 @@ def stage_one(spec: Spec, model: Model) -> bool:
     except StageError:
         part.unlink()
         raise
-    part.chmod(0o644)
-    os.replace(part, spec.path_of(model))
-    fd = os.open(spec.directory, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-    note_verified(spec, model)
+    show(spec, model, part, staged=True)
     print(f"{model.name} staged", flush=True)
     return True
+
+
+def withdraw(spec: Spec) -> list[str]:
+    """Take away what the inventory does not vouch for; the models that are gone for good.
+
+    What is not known to be right is hidden at once. A model that is right, but no longer wanted, stays until its
+    requests in flight have ended. Routers are told before anything is deleted.
+    """
+    for model in spec.models:
+        state = state_of(spec, model)
+        if state in ("unverified", "changed"):
+            hide(spec, model.name, "doubt" if state == "unverified" else "gone")
+    going = leaving(spec)
+    hidden = {*spec.named("doubt"), *spec.named("gone")}
+    wait_until_idle(spec, {*going, *hidden})
+    for name in going:
+        hide(spec, name, "gone")
+    absent = {name for name in [*going, *hidden] if not spec.path_of(name).exists()}
+    if absent:
+        tell(spec, absent=absent)
+    for path in left_over(spec):
+        size = path.stat().st_size
+        path.unlink()
+        print(f"{path.name} removed, {size} bytes", flush=True)
+    return going
+
+
+def hide(spec: Spec, name: str, kind: str) -> None:
+    os.replace(spec.path_of(name), spec.work_file(name, kind))
+    print(f"{name} taken out of sight", flush=True)
 
 
 @contextlib.contextmanager
@@ -345,105 +463,123 @@ def locked(spec: Spec) -> Iterator[None]:
 
 
 def stage(spec: Spec) -> int:
-    """Stage every model that can be; each failure is told, none stops the others."""
+    """Stage every model that can be, and take away the others; each failure is told, none stops the rest."""
     failures: list[str] = []
     changed: list[str] = []
+    removed: list[str] = []
+
+    def failed(error: Exception) -> None:
+        failures.append(str(error))
+        print(f"error: {error}", file=sys.stderr, flush=True)
+
     with locked(spec):
+        try:
+            removed = withdraw(spec)
+            tell(spec, present=set(unlisted(spec)))
+        except (StageError, OSError) as error:
+            failed(error)
         for model in spec.models:
             try:
                 if stage_one(spec, model):
                     changed.append(model.name)
+                    tell(spec, present={model.name})
             except (StageError, OSError) as error:
-                failures.append(str(error))
-                print(f"error: {error}", file=sys.stderr, flush=True)
-    for name in unknown_files(spec):
-        print(f"{spec.directory / name} is not in the inventory; left alone", flush=True)
-    print(json.dumps({"changed": changed, "failed": failures}), flush=True)
+                failed(error)
+    for path in foreign(spec):
+        print(f"{path} is not in the inventory and was not staged by gleaner; left alone", flush=True)
+    print(json.dumps({"changed": changed, "removed": removed, "failed": failures}), flush=True)
     return EXIT_FAILED if failures else 0
 
 
-# Telling a running router
+# Telling the routers of this node
 
 
-def reload(config: upstream.Config, tier_name: str, expect: list[str], timeout_seconds: float) -> int:
-    """Have the tier's running router read its folder again, and wait until it lists what is expected.
-
-    Says what it "newly serves", if anything: a model staged by a run that failed later is announced by the next.
-    """
-    tier = next((one for one in config.tiers if one.tier == tier_name), None)
-    if tier is None:
-        have = ", ".join(one.tier for one in config.tiers)
-        raise StageError(f"--tier: got {tier_name}, want one of {have}")
-    reading = record.read(config.registry, tier_name)
-    if isinstance(reading, Withdrawn):
-        print(f"{tier_name} is not running: it will read the folder when it starts")
-        return 0
-    if isinstance(reading, Unreadable):
-        raise StageError(reading.why)
-    address = address_of(tier, reading)
-    deadline = time.monotonic() + timeout_seconds
-    missing = set(expect)
-    before: set[str] | None = None
-    while True:
-        try:
-            if before is None:
-                before = listed(address, tier.node_port, "", deadline - time.monotonic())
-            after = listed(address, tier.node_port, "?reload=1", deadline - time.monotonic())
-            missing = set(expect) - after
-        except ConnectionRefusedError:
-            print(f"{tier_name} is not running: it will read the folder when it starts")
-            return 0
-        except (OSError, ValueError, http.client.HTTPException) as error:
-            # A node that lost its power leaves its record behind.
-            if not job_runs(config, tier, reading):
-                print(f"{tier_name} is not running: it will read the folder when it starts")
-                return 0
+def tell(spec: Spec, present: set[str] | None = None, absent: set[str] | None = None) -> None:
+    """Have each running router read the folder again, until it lists what is there and not what is gone."""
+    wanted, unwanted = present or set(), absent or set()
+    for port in spec.ports if wanted or unwanted else ():
+        router = f"the router on {spec.address}:{port}"
+        deadline = time.monotonic() + TELL_SECONDS
+        while True:
+            try:
+                names = set(listed(spec.address, port, "?reload=1", max(deadline - time.monotonic(), 1.0)))
+            except ConnectionRefusedError:
+                # It reads the folder when it starts.
+                break
+            except (OSError, ValueError, http.client.HTTPException) as error:
+                why = f"/v1/models: {error}"
+            else:
+                wrong = [*(f"not {name}" for name in sorted(wanted - names)), *sorted(unwanted & names)]
+                if not wrong:
+                    news = [
+                        *(f"serves {name}" for name in sorted(wanted)),
+                        *(f"lets {name} go" for name in sorted(unwanted)),
+                    ]
+                    print(f"{router} {', '.join(news)}", flush=True)
+                    break
+                why = f"it lists {', '.join(wrong)}"
             if time.monotonic() >= deadline:
-                raise StageError(f"http://{address}:{tier.node_port}/v1/models: {error}") from None
-        else:
-            if not missing:
-                print(f"{tier_name} on {reading.host} serves {', '.join(sorted(after)) or 'no model'}")
-                if after - before:
-                    print(f"newly serves {', '.join(sorted(after - before))}")
-                return 0
-        if time.monotonic() >= deadline:
-            raise StageError(
-                f"{tier_name} on {reading.host} does not list {', '.join(sorted(missing))} "
-                f"within {timeout_seconds:g} s: are the files visible on that node?"
-            )
-        time.sleep(0.5)
+                raise StageError(f"{router} did not read {spec.directory} again within {TELL_SECONDS:g} s: {why}")
+            time.sleep(0.5)
 
 
-def job_runs(config: upstream.Config, tier: upstream.TierConfig, reading: Record) -> bool:
-    """The record's job is running, as far as Slurm can be asked."""
+def wait_until_idle(spec: Spec, names: set[str]) -> None:
+    """Let requests to these models end, as long as drain_seconds allow."""
+    deadline = time.monotonic() + spec.drain_seconds
+    for port in spec.ports if names else ():
+        while working := at_work(spec.address, port, names):
+            if time.monotonic() >= deadline:
+                print(f"{', '.join(working)} still at work after {spec.drain_seconds:g} s, unloaded", flush=True)
+                break
+            time.sleep(0.5)
+
+
+def at_work(address: str, port: int, names: set[str]) -> list[str]:
+    """Which of these models answer a request there, or may do so: no loading, no eviction comes of asking."""
     try:
-        jobs = slurm.jobs(config.service_user, [tier.job_name])
-    except slurm.SlurmError:
+        states = listed(address, port, "", LOOK_SECONDS)
+    except ConnectionRefusedError:
+        return []
+    except (OSError, ValueError, http.client.HTTPException):
+        return sorted(names)
+    return [name for name in sorted(names & set(states)) if _works(address, port, name, states[name])]
+
+
+def _works(address: str, port: int, name: str, state: str) -> bool:
+    if state == "loading":
+        # Somebody waits for it.
         return True
-    return any(job.id == reading.job and job.state == "RUNNING" for job in jobs)
-
-
-def address_of(tier: upstream.TierConfig, reading: Record) -> str:
-    if reading.host not in tier.nodes:
-        raise StageError(f"record: host: got {reading.host}, want one of {', '.join(sorted(tier.nodes))}")
-    return tier.nodes[reading.host]
-
-
-def listed(address: str, port: int, query: str, timeout_seconds: float) -> set[str]:
-    """The model ids that the router lists; with the query ``?reload=1`` after reading its folder again."""
-    connection = http.client.HTTPConnection(address, port, timeout=max(timeout_seconds, 1.0))
+    if state not in ("loaded", "sleeping"):
+        return False
+    query = urllib.parse.urlencode({"model": name, "autoload": "false"})
     try:
-        connection.request("GET", f"/v1/models{query}")
+        return any(slot["is_processing"] for slot in ask(address, port, f"/slots?{query}", LOOK_SECONDS))
+    except (OSError, ValueError, KeyError, TypeError, http.client.HTTPException):
+        # A server answers this only between two batches.
+        return True
+
+
+def listed(address: str, port: int, query: str, timeout_seconds: float) -> dict[str, str]:
+    """The models that a router lists, with their states; after reading its folder if the query is ``?reload=1``."""
+    try:
+        entries = ask(address, port, f"/v1/models{query}", timeout_seconds)["data"]
+        return {str(entry["id"]): str(entry["status"]["value"]) for entry in entries}
+    except (KeyError, TypeError):
+        raise ValueError("answer is no list of models") from None
+
+
+def ask(address: str, port: int, path: str, timeout_seconds: float) -> Any:
+    """The JSON that a server answers; ValueError for everything else."""
+    connection = http.client.HTTPConnection(address, port, timeout=timeout_seconds)
+    try:
+        connection.request("GET", path)
         response = connection.getresponse()
         body = response.read()
     finally:
         connection.close()
     if response.status != 200:
         raise ValueError(f"HTTP {response.status}")
-    try:
-        return {str(entry["id"]) for entry in json.loads(body)["data"]}
-    except (KeyError, TypeError):
-        raise ValueError("answer is no list of models") from None
+    return json.loads(body)
 
 
 # Commands
@@ -452,32 +588,26 @@ def listed(address: str, port: int, query: str, timeout_seconds: float) -> set[s
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
     for name, summary in (
-        ("check", f"print what is there as JSON; exit code {EXIT_MISSING} when something is missing"),
-        ("stage", "bring and verify what is missing"),
+        ("check", f"tell what is to be done; exit code {EXIT_MISSING} when anything is"),
+        ("stage", "bring and verify what is missing, remove what the inventory no longer names"),
     ):
         action = actions.add_parser(name, help=summary, description=summary)
         action.add_argument("--spec", type=Path, default=Path("/etc/gleaner/models.json"))
-    summary = "have a running router read its folder again"
-    action = actions.add_parser("reload", help=summary, description=summary)
-    action.add_argument("--config", type=Path, default=Path("/etc/gleaner/gateway.json"))
-    action.add_argument("--tier", required=True)
-    action.add_argument("--expect", nargs="*", default=[], metavar="STEM", help="wait until these are listed")
-    action.add_argument("--timeout", type=float, default=60.0, metavar="SECONDS")
+        if name == "check":
+            action.add_argument("--json", action="store_true", help="for programs")
 
 
 def run(args: argparse.Namespace) -> int:
     try:
-        if args.action == "reload":
-            return reload(upstream.Config.load(args.config), args.tier, args.expect, args.timeout)
         spec = Spec.load(args.spec)
         if args.action == "stage":
             return stage(spec)
+        found = check(spec)
     except (StageError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_FAILED
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_REFUSED
-    found = check(spec)
-    print(json.dumps(found, indent=1))
+    print(json.dumps(found, indent=1) if args.json else "\n".join(words(found)))
     return 0 if found["complete"] else EXIT_MISSING

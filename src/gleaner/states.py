@@ -34,8 +34,8 @@ _TIER_MEANING = {
     Tier.YIELDING: "the job gives its GPUs back: withdrawn, draining, stopping",
     Tier.QUEUED: "the job waits for free GPUs",
     Tier.UNROUTED: "the job runs and has a record, but the updater does not route it; its journal says why",
-    Tier.PAUSED: "the job failed; the keeper waits before it submits the next one",
-    Tier.HELD: "a person stopped the tier; the keeper leaves it alone until a person starts it",
+    Tier.PAUSED: "the keeper waits before the next job: the last one failed, or nobody knows yet who cancelled it",
+    Tier.HELD: "a person stopped the tier, or may have; the keeper leaves it alone until a person starts it",
     Tier.ABSENT: "no job, and the keeper has not submitted one: is gleaner-keeper.service running?",
     Tier.UNKNOWN: "Slurm does not answer",
 }
@@ -72,6 +72,7 @@ class Cause(enum.Enum):
     PREEMPTED = "preempted"
     CANCELLED = "cancelled"
     TIME_LIMIT = "time limit"
+    REPLACED = "replaced"
     ASKED = "asked"
     UNANSWERED = "unanswered"
     FAILED = "failed"
@@ -105,7 +106,13 @@ _CAUSE: dict[Cause, tuple[str, bool, bool, str]] = {
         "holds the tier if a person did it",
     ),
     Cause.TIME_LIMIT: ("the job has reached its time limit", True, False, "submits anew"),
-    Cause.ASKED: ("TERM without any of the above, for example by the keeper", True, False, "submits anew"),
+    Cause.REPLACED: (
+        "the keeper marked the job: its plan is not the current one",
+        True,
+        False,
+        "submits the current job script",
+    ),
+    Cause.ASKED: ("TERM without any of the above, for example by a person", True, False, "submits anew"),
     Cause.UNANSWERED: ("Slurm did not answer: yield as if preempted", True, True, "sorts it out"),
     Cause.FAILED: ("server, agent or step failed", False, False, "submits anew after a growing pause"),
 }

@@ -21,8 +21,9 @@ def state_of(jobs: list[slurm.Job] | None, reading: record.Reading, routed: bool
     if job is None:
         if kept.held:
             return Tier.HELD
-        return Tier.PAUSED if kept.failures else Tier.ABSENT
-    if job.preempted or job.state == "COMPLETING":
+        return Tier.PAUSED if kept.failures or kept.why else Tier.ABSENT
+    ending = kept.ending and kept.job == job.id and job.state != "PENDING"
+    if job.preempted or job.state == "COMPLETING" or ending:
         return Tier.YIELDING
     if job.state == "PENDING":
         return Tier.HELD if job.reason.startswith("JobHeld") else Tier.QUEUED
@@ -56,7 +57,7 @@ def look(config: upstream.Config, kept: dict[str, keeper.TierState]) -> list[dic
                 "job": job.id if job else None,
                 "node": job.nodes if job and job.state == "RUNNING" else None,
                 "reason": job.reason if job and job.state == "PENDING" else None,
-                "why": kept[tier.tier].why if tier.tier in kept and kept[tier.tier].held else None,
+                "why": kept[tier.tier].why or None if tier.tier in kept else None,
                 "models": list(reading.models) if isinstance(reading, Record) else [],
             }
         )

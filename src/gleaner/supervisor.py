@@ -81,7 +81,8 @@ class Plan:
         server = value["server"]
         return cls(
             tier=str(value["tier"]),
-            engine=Path(value["engine"]["prefix"]),
+            # The link may move to a newer build meanwhile: a server that is started again is the same one.
+            engine=Path(value["engine"]["prefix"]).resolve(),
             address_of={name: str(node["address"]) for name, node in value["nodes"].items()},
             numa_node_of={name: node["numa_node"] for name, node in value["nodes"].items()},
             port=int(server["node_port"]),
@@ -504,6 +505,13 @@ class Supervisor:
         say(f"requeued job {self.where.job}")
 
 
+def name_build(engine: Path, logs: Path) -> None:
+    """Leave a link to the build that this job runs beside its logs: whoever removes old builds spares this one."""
+    link = logs / "engine"
+    link.unlink(missing_ok=True)
+    link.symlink_to(engine)
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--plan", type=Path, required=True, help="plan v1 of the tier")
     parser.add_argument("--registry", type=Path, help="endpoint records (default: endpoints beside the plan's folder)")
@@ -518,6 +526,7 @@ def run(args: argparse.Namespace) -> int:
         where = JobEnvironment.read(plan)
         logs = (args.logs or shared / "logs") / str(where.job)
         logs.mkdir(parents=True, exist_ok=True)
+        name_build(plan.engine, logs)
         if not os.access(registry, os.W_OK):
             raise PlanError(f"{registry}: not a folder that uid {os.geteuid()} can write: run playbooks/tiers.yml")
         supervisor = Supervisor(plan, where, registry, logs)

@@ -100,13 +100,21 @@ def jobs() -> list[Job]:
     return found
 
 
-def tier_job() -> Job | None:
+def tier_job(name: str = JOB_NAME) -> Job | None:
     """The tier's job, running or waiting."""
-    return next((job for job in jobs() if job.name == JOB_NAME and job.state != "COMPLETING"), None)
+    return next((job for job in jobs() if job.name == name and job.state != "COMPLETING"), None)
 
 
-def running_job() -> Job:
-    return wait_until(f"{JOB_NAME} is running", lambda: job if (job := tier_job()) and job.state == "RUNNING" else None)
+def running_job(name: str = JOB_NAME) -> Job:
+    return wait_until(f"{name} is running", lambda: job if (job := tier_job(name)) and job.state == "RUNNING" else None)
+
+
+def comment(job: int) -> str:
+    """What `scontrol show job` says as a job's comment."""
+    text = run(CONTROLLER, f"scontrol show job {job}")
+    return next(
+        (line.strip().partition("=")[2] for line in text.splitlines() if line.strip().startswith("Comment=")), ""
+    )
 
 
 def submit(command: str) -> int:
@@ -152,10 +160,10 @@ class Answer:
         return json.loads(self.body)
 
 
-def ask(path: str, body: object = None, method: str = "", timeout: float = 120.0) -> Answer:
+def ask(path: str, body: object = None, method: str = "", timeout: float = 120.0, port: int = PORT) -> Answer:
     """One request to the gateway."""
     start = time.monotonic()
-    connection = http.client.HTTPConnection(address(CONTROLLER), PORT, timeout=timeout)
+    connection = http.client.HTTPConnection(address(CONTROLLER), port, timeout=timeout)
     try:
         data = body if isinstance(body, bytes) else None if body is None else json.dumps(body)
         connection.request(
@@ -171,8 +179,18 @@ def ask(path: str, body: object = None, method: str = "", timeout: float = 120.0
     return Answer(response.status, headers, content, time.monotonic() - start)
 
 
-def complete(model: str, tokens: int = 1) -> Answer:
-    return ask("/v1/completions", {"model": model, "prompt": "Once upon a time", "max_tokens": tokens})
+def complete(model: str, tokens: int = 1, port: int = PORT) -> Answer:
+    return ask("/v1/completions", {"model": model, "prompt": "Once upon a time", "max_tokens": tokens}, port=port)
+
+
+def stream(model: str, tokens: int) -> Answer:
+    """A stream of so many tokens, read to its end; a whole one ends with `[DONE]`."""
+    wish = {"model": model, "prompt": "Once upon a time", "max_tokens": tokens, "stream": True, "ignore_eos": True}
+    return ask("/v1/completions", wish)
+
+
+def is_whole(answer: Answer) -> bool:
+    return answer.status == 200 and answer.body.rstrip().endswith(b"data: [DONE]")
 
 
 def model_states() -> dict[str, str]:

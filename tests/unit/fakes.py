@@ -85,6 +85,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
 http.server.ThreadingHTTPServer((arguments["--host"], int(arguments["--port"])), Handler).serve_forever()
 """
 
+# What the jobs of these tests are made from.
+DIGEST = "0123456789abcdef"
+
 JOB = (
     "JobId={job} JobName=llama-14b UserId=ai-inference(64200) GroupId=ai-inference(64200) MCS_label=N/A "
     "Priority=100 Nice=0 Account=ai QOS=ai_opportunistic JobState={state} Reason={reason} Dependency=(null) "
@@ -92,7 +95,7 @@ JOB = (
     "SubmitTime=2026-11-24T01:00:00 EligibleTime=2026-11-24T01:00:00 AccrueTime=2026-11-24T01:00:00 "
     "StartTime=2026-11-24T01:00:01 EndTime=2026-11-25T01:00:01 Deadline=N/A "
     "PreemptEligibleTime=2026-11-24T01:00:01 PreemptTime={preempted} SuspendTime=None SecsPreSuspend=0 "
-    "Partition=gpu_ai NodeList=vasp-02 BatchHost=vasp-02 NumNodes=1\n"
+    "Partition=gpu_ai NodeList=vasp-02 BatchHost=vasp-02 NumNodes=1 Comment={comment}\n"
 )
 
 
@@ -106,6 +109,7 @@ def job_text(**fields: str) -> str:
         "ran": "00:10:00",
         "limit": "UNLIMITED",
         "preempted": "None",
+        "comment": "gleaner:" + DIGEST,
     }
     return JOB.format(**{**defaults, **fields})
 
@@ -122,6 +126,7 @@ def queue_line(**fields: str) -> str:
         "ran": "10:00",
         "nodes": "vasp-02",
         "reason": "None",
+        "comment": "gleaner:" + DIGEST,
     }
     return "".join(f"{value:<24}|" for value in {**defaults, **fields}.values()) + "\n"
 

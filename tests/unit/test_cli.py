@@ -11,7 +11,7 @@ import pytest
 
 from gleaner import cli, keeper, record, slurm, status
 from gleaner.states import Tier
-from tests.unit.fakes import Home, home, queue_line
+from tests.unit.fakes import DIGEST, Home, home, queue_line
 
 RECORD = record.Record("fast", 41, 0, "vasp-02", 8080, ("one",), 0, 1)
 RUNNING = slurm.Job(41, "llama-14b", "RUNNING", 0, False, 60, "vasp-02", "None")
@@ -50,6 +50,10 @@ def test_unknown_command_is_an_error(capsys: pytest.CaptureFixture[str]) -> None
         ([], record.Withdrawn(), False, {}, Tier.ABSENT),
         ([], record.Withdrawn(), False, {"failures": 2}, Tier.PAUSED),
         ([], record.Withdrawn(), False, {"held": True, "failures": 2}, Tier.HELD),
+        ([], record.Withdrawn(), False, {"why": "job 41 was cancelled; asking accounting by whom"}, Tier.PAUSED),
+        ([RUNNING], RECORD, True, {"job": 41, "ending": True}, Tier.YIELDING),
+        ([RUNNING], RECORD, True, {"job": 40, "ending": True}, Tier.SERVING),
+        ([pending("Resources")], record.Withdrawn(), False, {"job": 41, "ending": True}, Tier.QUEUED),
         ([pending("Resources")], record.Withdrawn(), False, {}, Tier.QUEUED),
         ([pending("JobHeldUser")], record.Withdrawn(), False, {}, Tier.HELD),
         ([RUNNING], record.Withdrawn(), False, {}, Tier.LOADING),
@@ -91,8 +95,10 @@ def place(monkeypatch: pytest.MonkeyPatch) -> Iterator[Home]:
             "v": 1,
             "service_user": "ai-inference",
             "poll_seconds": 2,
+            "yield_seconds": 30,
+            "accounting_seconds": 120,
             "state": str(made.root / "state.json"),
-            "tiers": [{"tier": "fast", "job_name": "llama-14b", "script": "/x"}],
+            "tiers": [{"tier": "fast", "job_name": "llama-14b", "script": "/x", "digest": DIGEST}],
         }
         made.set(made.root / "gateway.json", json.dumps(gateway))
         made.set(made.root / "keeper.json", json.dumps(keep))
@@ -135,6 +141,16 @@ def test_status_says_why_a_tier_is_held(place: Home, capsys: pytest.CaptureFixtu
     keeper.save_state(place.root / "state.json", kept)
     assert run_status(place) == 0
     assert "held      (job 41 was cancelled by uid 1000)" in capsys.readouterr().out
+
+
+def test_status_says_why_a_job_is_ended(place: Home, capsys: pytest.CaptureFixture[str]) -> None:
+    place.set(place.slurm / "queue", queue_line())
+    kept = {
+        "fast": keeper.TierState(job=41, ending=True, why="job 41 is being replaced: its plan is not the current one")
+    }
+    keeper.save_state(place.root / "state.json", kept)
+    assert run_status(place) == 0
+    assert "yielding  job 41 on vasp-02 (job 41 is being replaced" in capsys.readouterr().out
 
 
 def test_status_without_slurm(place: Home, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,7 +14,12 @@ from pathlib import Path
 import pytest
 
 from gleaner import keeper
-from tests.unit.fakes import Home, home, job_text, queue_line, wait_for
+from tests.unit.fakes import DIGEST, Home, home, job_text, queue_line, wait_for
+
+OTHER = "fedcba9876543210"
+REPLACED = f"gleaner:{DIGEST} replaced"
+YIELD_SECONDS = 30
+ACCOUNTING_SECONDS = 120
 
 
 class Clock:
@@ -28,13 +33,30 @@ class Clock:
 class Site:
     def __init__(self, place: Home, clock: Clock) -> None:
         self.place, self.clock = place, clock
+        self.script = place.root / "run-14b.slurm"
         self.config = keeper.Config(
             service_user="ai-inference",
             poll_seconds=0.1,
+            yield_seconds=YIELD_SECONDS,
+            accounting_seconds=ACCOUNTING_SECONDS,
             state=place.root / "keeper.json",
-            tiers=(keeper.TierConfig("fast", "llama-14b", "/cluster/shared/run-14b.slurm"),),
+            tiers=(keeper.TierConfig("fast", "llama-14b", str(self.script), DIGEST),),
         )
         self.keeper = keeper.Keeper(self.config)
+        self.write_script(DIGEST)
+
+    def write_script(self, digest: str) -> None:
+        self.place.set(self.script, f"#!/bin/sh\n#SBATCH --comment=gleaner:{digest}\n")
+
+    def restart_keeper(self, **tier: str) -> None:
+        """As after playbooks/tiers.yml: another configuration of the tier, if any, and a keeper that reads it."""
+        (before,) = self.config.tiers
+        self.config = dataclasses.replace(self.config, tiers=(dataclasses.replace(before, **tier),))
+        self.keeper = keeper.Keeper(self.config)
+
+    def change_plan(self, digest: str = OTHER) -> None:
+        self.write_script(digest)
+        self.restart_keeper(digest=digest)
 
     def queue(self, text: str = "") -> None:
         self.place.set(self.place.slurm / "queue", text)
@@ -47,6 +69,10 @@ class Site:
     @property
     def submissions(self) -> int:
         return len(self.place.calls_of("sbatch"))
+
+    @property
+    def told_to_yield(self) -> int:
+        return self.place.calls.count("scancel --batch --signal=TERM 41")
 
     @property
     def state(self) -> keeper.TierState:
@@ -76,7 +102,7 @@ def running(site: Site) -> Site:
 
 def test_submits_once_and_leaves_a_living_job_alone(site: Site) -> None:
     site.poll()
-    assert site.place.calls_of("sbatch") == ["sbatch --parsable /cluster/shared/run-14b.slurm"]
+    assert site.place.calls_of("sbatch") == [f"sbatch --parsable {site.script}"]
     for state in ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED"):
         site.queue(queue_line(state=state, reason="Resources"))
         site.poll(2)
@@ -159,7 +185,7 @@ def test_long_run_forgives_earlier_failures(site: Site) -> None:
 def test_pause_survives_the_keepers_restart(site: Site) -> None:
     running(site).ended(state="FAILED", code="11:0")
     site.poll()
-    site.keeper = keeper.Keeper(site.config)
+    site.restart_keeper()
     site.clock.now += 4
     site.poll()
     assert site.submissions == 1
@@ -170,7 +196,7 @@ def test_pause_survives_the_keepers_restart(site: Site) -> None:
 
 def test_keeper_restarted_beside_a_running_job_submits_nothing(site: Site) -> None:
     running(site)
-    site.keeper = keeper.Keeper(site.config)
+    site.restart_keeper()
     site.poll(3)
     assert site.submissions == 1
 
@@ -186,6 +212,26 @@ def test_cancelled_by_a_person_is_held(site: Site, capfd: pytest.CaptureFixture[
     told = capfd.readouterr().err
     assert told.count("asking accounting") == 1
     assert f"cancelled by uid {os.getuid() + 1}" in told
+
+
+@pytest.mark.parametrize("sacct", ["", "sacct: error: Connection refused"])
+def test_cancelled_by_nobody_knows_whom_is_held_in_the_end(
+    site: Site, sacct: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    if sacct:
+        site.place.set(site.place.slurm / "sacct.fails", sacct)
+    running(site).ended(state="CANCELLED")
+    site.poll()
+    assert site.state.why.startswith("job 41 was cancelled; asking accounting by whom")
+    site.clock.now += ACCOUNTING_SECONDS - 1
+    site.poll(2)
+    assert not site.state.held
+    site.clock.now += 1
+    site.poll(2)
+    assert (site.state.held, site.state.job, site.submissions) == (True, 0, 1)
+    assert site.state.why.startswith("job 41 was cancelled, and accounting did not say by whom within 120 s")
+    assert sacct.rpartition(": ")[2] in site.state.why
+    assert "left alone" in capfd.readouterr().err
 
 
 def test_cancelled_by_the_service_user_is_submitted_anew(site: Site) -> None:
@@ -277,30 +323,293 @@ def test_forgotten_job_is_submitted_anew_but_silence_is_no_end(site: Site) -> No
     assert site.submissions == 2
 
 
-def test_job_of_a_removed_tier_is_ended(site: Site) -> None:
+# A plan that has changed
+
+
+def test_running_job_of_another_plan_yields_before_the_next_is_submitted(
+    site: Site, capfd: pytest.CaptureFixture[str]
+) -> None:
+    running(site)
+    site.change_plan()
+    site.poll(3)
+    assert site.told_to_yield == 1
+    assert site.place.calls_of("scontrol update") == [f"scontrol update JobId=41 Comment={REPLACED}"]
+    assert (site.submissions, site.state.ending) == (1, True)
+    assert "its plan is not the current one" in site.state.why
+    site.ended(state="COMPLETED", ran="00:00:03")
+    site.poll(2)
+    assert site.submissions == 2
+    assert (site.state.failures, site.state.held, site.state.ending, site.state.digest) == (0, False, False, OTHER)
+    site.queue(queue_line(job="41", comment=f"gleaner:{OTHER}"))
+    site.poll(3)
+    assert (site.told_to_yield, site.submissions) == (1, 2)
+    assert "job 41 ended: COMPLETED after 3 s" in capfd.readouterr().err
+
+
+def test_waiting_job_of_another_plan_is_replaced_at_once(site: Site) -> None:
+    site.poll()
+    site.queue(queue_line(state="PENDING", nodes="", reason="Resources"))
+    site.change_plan()
+    site.poll()
+    assert site.place.calls_of("scancel") == ["scancel 41"]
+    site.place.set(site.place.slurm / "accounting", f"CANCELLED by {os.getuid()}\n")
+    site.ended(state="CANCELLED", ran="00:00:00")
+    site.poll(2)
+    assert site.submissions == 2
+    assert (site.state.held, site.state.failures) == (False, 0)
+
+
+def test_waiting_job_is_replaced_even_where_accounting_never_says_who_cancelled_it(site: Site) -> None:
+    site.poll()
+    site.queue(queue_line(state="PENDING", nodes="", reason="Resources"))
+    site.change_plan()
+    site.poll()
+    site.ended(state="CANCELLED", ran="00:00:00")
+    site.poll(2)
+    assert site.submissions == 1
+    site.clock.now += ACCOUNTING_SECONDS
+    site.poll(2)
+    assert (site.submissions, site.state.held) == (2, False)
+
+
+def test_person_who_cancels_a_yielding_job_holds_the_tier(site: Site) -> None:
+    running(site)
+    site.change_plan()
+    site.poll()
+    site.place.set(site.place.slurm / "accounting", f"CANCELLED by {os.getuid() + 1}\n")
+    site.ended(state="CANCELLED")
+    site.poll(3)
+    assert (site.submissions, site.state.held) == (1, True)
+
+
+@pytest.mark.parametrize("comment", ["(null)", "somebody's note"])
+def test_job_without_a_digest_is_an_older_version_s(site: Site, comment: str) -> None:
+    site.queue(queue_line(comment=comment))
+    site.poll(2)
+    assert site.told_to_yield == 1
+
+
+def test_comment_that_the_sites_slurm_took_away_is_remembered(site: Site) -> None:
+    site.poll()
+    site.queue(queue_line(comment="(null)"))
+    site.poll(3)
+    site.restart_keeper()
+    site.poll(3)
+    assert (site.told_to_yield, site.submissions) == (0, 1)
+    site.change_plan()
+    site.poll()
+    assert site.told_to_yield == 1
+
+
+def test_job_that_does_not_yield_is_cancelled(site: Site, capfd: pytest.CaptureFixture[str]) -> None:
+    running(site)
+    site.change_plan()
+    site.poll()
+    site.clock.now += YIELD_SECONDS - 1
+    site.poll()
+    assert "scancel 41" not in site.place.calls
+    site.clock.now += 1
+    site.poll(2)
+    assert site.place.calls.count("scancel 41") == 1
+    assert "job 41 did not yield within 30 s" in capfd.readouterr().err
+    site.ended(state="CANCELLED")
+    site.place.set(site.place.slurm / "accounting", f"CANCELLED by {os.getuid()}\n")
+    site.poll(2)
+    assert (site.submissions, site.state.held, site.state.failures) == (2, False, 0)
+
+
+def test_job_whose_comment_may_not_be_changed_yields_all_the_same(
+    site: Site, capfd: pytest.CaptureFixture[str]
+) -> None:
+    running(site)
+    site.change_plan()
+    site.place.set(site.place.slurm / "scontrol.fails", "slurm_update error: Access/permission denied")
+    site.poll(2)
+    assert site.told_to_yield == 1
+    assert "cannot be told why it has to yield" in capfd.readouterr().err
+
+
+def test_keeper_restarted_while_the_job_yields_tells_it_again_and_no_more(site: Site) -> None:
+    running(site)
+    site.change_plan()
+    site.poll(2)
+    site.queue(queue_line(comment=REPLACED))
+    site.restart_keeper()
+    site.poll(2)
+    assert (site.told_to_yield, site.submissions) == (2, 1)
+    site.ended(state="COMPLETED", ran="00:00:03")
+    site.restart_keeper()
+    site.poll(2)
+    assert (site.submissions, site.state.failures) == (2, 0)
+
+
+def test_change_that_is_taken_back_while_the_job_yields(site: Site) -> None:
+    running(site)
+    site.change_plan()
+    site.poll()
+    site.queue(queue_line(comment=REPLACED))
+    site.change_plan(DIGEST)
+    site.poll(2)
+    assert site.submissions == 1
+    site.ended(state="COMPLETED", ran="00:00:03")
+    site.poll(2)
+    assert (site.submissions, site.state.failures, site.state.digest) == (2, 0, DIGEST)
+    site.queue(queue_line())
+    site.poll(3)
+    assert site.submissions == 2
+
+
+def test_preempted_while_it_yields_is_not_started_again(site: Site) -> None:
+    running(site)
+    site.change_plan()
+    site.poll()
+    site.queue(queue_line(state="PENDING", restarts="1", nodes="", reason="BeginTime", comment=REPLACED))
+    site.poll()
+    assert site.place.calls.count("scancel 41") == 1
+    assert not [call for call in site.place.calls if "StartTime=now" in call]
+
+
+def test_submitted_by_hand_from_the_current_script_is_left_alone(site: Site) -> None:
+    site.change_plan()
+    site.queue(queue_line(job="77", comment=f"gleaner:{OTHER}"))
+    site.poll(3)
+    assert (site.told_to_yield, site.submissions, site.state.job) == (0, 0, 77)
+
+
+def test_older_copy_that_waits_behind_the_running_job_goes_first(site: Site) -> None:
+    site.queue(
+        queue_line(job="41", comment=f"gleaner:{OTHER}")
+        + queue_line(job="42", state="PENDING", nodes="", reason="Dependency", comment=f"gleaner:{OTHER}")
+    )
+    site.poll()
+    assert site.place.calls_of("scancel") == ["scancel 42"]
+    site.queue(
+        queue_line(job="41", comment=f"gleaner:{OTHER}")
+        + queue_line(job="43", state="PENDING", nodes="", reason="Dependency")
+    )
+    site.poll()
+    assert site.place.calls_of("scancel") == ["scancel 42", "scancel --batch --signal=TERM 41"]
+    site.queue(queue_line(job="43"))
+    site.poll(2)
+    assert (site.submissions, site.state.job, site.state.ending) == (0, 43, False)
+
+
+def test_job_that_a_person_holds_keeps_its_number_until_it_is_released(site: Site) -> None:
+    running(site)
+    site.change_plan()
+    site.queue(queue_line(state="PENDING", nodes="", reason="JobHeldUser"))
+    site.poll(3)
+    assert not site.place.calls_of("scancel")
+    site.queue(queue_line(state="PENDING", nodes="", reason="Resources"))
+    site.poll()
+    assert site.place.calls_of("scancel") == ["scancel 41"]
+
+
+def test_held_tier_stays_held_when_its_plan_changes(site: Site) -> None:
+    running(site).ended(state="CANCELLED")
+    site.place.set(site.place.slurm / "accounting", f"CANCELLED by {os.getuid() + 1}\n")
+    site.poll(2)
+    site.change_plan()
+    site.poll(3)
+    assert (site.submissions, site.state.held) == (1, True)
+
+
+@pytest.mark.parametrize("first", ["script", "configuration"])
+def test_half_a_change_ends_no_job(site: Site, first: str, capfd: pytest.CaptureFixture[str]) -> None:
+    running(site)
+    if first == "script":
+        site.write_script(OTHER)
+    else:
+        site.restart_keeper(digest=OTHER)
+    # A person submits what lies there now.
+    site.queue(queue_line(comment=f"gleaner:{OTHER if first == 'script' else DIGEST}"))
+    site.poll(3)
+    assert (site.told_to_yield, site.submissions) == (0, 1)
+    assert capfd.readouterr().err.count("until playbooks/tiers.yml has run to its end") == 1
+    site.change_plan()
+    site.poll()
+    assert site.told_to_yield == (first == "configuration")
+
+
+def test_failures_of_an_older_plan_do_not_delay_the_next(site: Site) -> None:
+    running(site)
+    for _ in range(3):
+        site.ended(state="FAILED", code="11:0", ran="00:00:30")
+        site.poll()
+        site.clock.now += 300
+        site.poll()
+    site.ended(state="FAILED", code="11:0", ran="00:00:30")
+    site.poll()
+    assert (site.submissions, site.state.failures) == (4, 4)
+    site.change_plan()
+    site.poll()
+    assert (site.submissions, site.state.failures) == (5, 0)
+    site.ended(state="FAILED", code="11:0", ran="00:00:30")
+    site.poll(3)
+    assert (site.submissions, site.state.failures) == (5, 1), "the new plan's own failure does not count"
+
+
+def test_one_tiers_change_leaves_the_other_alone(site: Site) -> None:
+    (fast,) = site.config.tiers
+    slow = keeper.TierConfig("slow", "llama-72b", str(site.place.root / "run-72b.slurm"), OTHER)
+    site.place.set(site.place.root / "run-72b.slurm", f"#SBATCH --comment=gleaner:{OTHER}\n")
+    site.config = dataclasses.replace(site.config, tiers=(fast, slow))
+    site.keeper = keeper.Keeper(site.config)
+    other = queue_line(job="42", name="llama-72b", nodes="vasp-03", comment=f"gleaner:{OTHER}")
+    site.queue(queue_line() + other)
+    site.poll()
+    site.write_script(OTHER)
+    site.config = dataclasses.replace(site.config, tiers=(dataclasses.replace(fast, digest=OTHER), slow))
+    site.keeper = keeper.Keeper(site.config)
+    site.poll(2)
+    assert site.place.calls_of("scancel") == ["scancel --batch --signal=TERM 41"]
+    site.queue(other)
+    site.place.set(site.place.slurm / "job", job_text(state="COMPLETED"))
+    site.poll(2)
+    kept = keeper.load_state(site.config.state)
+    assert (site.submissions, kept["slow"].job, kept["slow"].ending) == (1, 42, False)
+
+
+def test_hold_that_an_older_version_wrote_is_kept(site: Site) -> None:
+    tiers = {"fast": {"job": 0, "failures": 0, "held": True, "why": "job 40 was cancelled by uid 1000"}}
+    site.place.set(site.config.state, json.dumps({"v": 1, "tiers": tiers}))
+    site.poll(2)
+    assert site.submissions == 0
+
+
+def test_job_of_a_removed_tier_yields_and_is_forgotten(site: Site) -> None:
     running(site)
     site.config = dataclasses.replace(site.config, tiers=())
     site.keeper = keeper.Keeper(site.config)
-    site.poll()
-    assert site.place.calls_of("scancel") == ["scancel 41"]
+    site.poll(2)
+    assert site.told_to_yield == 1
+    site.clock.now += YIELD_SECONDS
+    site.poll(2)
+    assert site.place.calls.count("scancel 41") == 1
     site.ended(state="CANCELLED")
     site.poll()
     assert keeper.load_state(site.config.state) == {}
-    assert len(site.place.calls_of("scancel")) == 1
+    assert site.place.calls.count("scancel 41") == 1
 
 
-def test_renamed_job_is_ended_before_the_new_one_is_submitted(site: Site) -> None:
+def test_waiting_job_of_a_removed_tier_is_cancelled(site: Site) -> None:
     running(site)
-    tier = keeper.TierConfig("fast", "llama-fast", "/cluster/shared/run-fast.slurm")
-    site.config = dataclasses.replace(site.config, tiers=(tier,))
+    site.config = dataclasses.replace(site.config, tiers=())
     site.keeper = keeper.Keeper(site.config)
-    # squeue is asked by name, and no longer shows it.
-    site.queue()
+    site.place.set(site.place.slurm / "job", job_text(state="PENDING"))
     site.poll()
     assert site.place.calls_of("scancel") == ["scancel 41"]
-    assert site.submissions == 1
-    site.place.set(site.place.slurm / "accounting", f"CANCELLED by {os.getuid()}\n")
-    site.ended(state="CANCELLED")
+
+
+def test_renamed_job_yields_before_the_new_one_is_submitted(site: Site) -> None:
+    running(site)
+    site.write_script(OTHER)
+    site.restart_keeper(job_name="llama-fast", digest=OTHER)
+    # squeue is asked by name, and no longer shows it.
+    site.queue()
+    site.poll(2)
+    assert (site.told_to_yield, site.submissions) == (1, 1)
+    site.ended(state="COMPLETED", ran="00:00:03")
     site.poll(2)
     assert site.submissions == 2
     assert site.state.failures == 0
@@ -337,8 +646,10 @@ def test_program_is_ready_and_stops_on_term(site: Site, tmp_path: Path) -> None:
         "v": 1,
         "service_user": "ai-inference",
         "poll_seconds": 0.1,
+        "yield_seconds": 30,
+        "accounting_seconds": 120,
         "state": str(site.config.state),
-        "tiers": [{"tier": "fast", "job_name": "llama-14b", "script": "/x", "plan": "/y"}],
+        "tiers": [{"tier": "fast", "job_name": "llama-14b", "script": str(site.script), "digest": DIGEST}],
     }
     site.place.set(site.place.root / "config.json", json.dumps(config))
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:

@@ -170,8 +170,10 @@ def printed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return lines
 
 
-def follow(answers: list[Any], no_log: bool = False, attached: bool = False, **args: Any) -> dict[str, Any]:
-    started = {"changed": True, "follow": True, "attached": attached, "log": LOG}
+def follow(
+    answers: list[Any], no_log: bool = False, attached: bool = False, told: str = "", **args: Any
+) -> dict[str, Any]:
+    started = {"changed": True, "follow": True, "attached": attached, "log": LOG, "told": told}
     task = {"name": "build", "argv": ["make", "-j 2"], "chdir": "/src", **args}
     follower = Follower(task, started, answers, no_log)
     result: dict[str, Any] = follower.run(task_vars={"inventory_hostname": "vasp-01"})
@@ -187,6 +189,12 @@ def test_success_is_followed_and_taken_away(printed: list[str]) -> None:
     assert not result.get("failed")
     assert (result["seconds"], result["exit_code"]) == (151, 0)
     assert result["diff"] == {"prepared": "+ run in /src: make '-j 2'\n"}
+
+
+def test_the_diff_holds_what_the_condition_told(printed: list[str]) -> None:
+    result = follow([DONE, ""], told="old is to be removed\n")
+    assert result["diff"] == {"prepared": "+ run in /src: make '-j 2'\nold is to be removed\n"}
+    assert "told" not in result
 
 
 def test_failure_brings_the_end_of_the_log(printed: list[str]) -> None:
@@ -336,6 +344,11 @@ def test_check_mode_knows_what_is_done_and_starts_nothing(host: Path, condition:
     assert result["changed"] is changed
     assert result["follow"] is False
     assert "systemd-run" not in (host / "calls").read_text()
+
+
+def test_what_the_condition_tells_is_kept_for_the_diff(host: Path) -> None:
+    result = run_module(host, user=pwd.getpwuid(os.geteuid()).pw_name, unless=["sh", "-c", "echo to do; exit 3"])
+    assert (result["changed"], result["told"]) == (True, "to do\n")
 
 
 def test_a_name_that_is_no_unit_is_refused(host: Path) -> None:

@@ -53,6 +53,10 @@ def test_job_fields_of_both_releases(text: str) -> None:
         ({"state": "CANCELLED", "preempted": "2026-11-24T01:10:00"}, Cause.CANCELLED),
         ({"state": "COMPLETING", "preempted": "2026-11-24T01:10:00"}, Cause.CANCELLED),
         ({"state": "PENDING"}, Cause.CANCELLED),
+        ({"comment": "gleaner:0123456789abcdef replaced"}, Cause.REPLACED),
+        ({"comment": "a person's replaced"}, Cause.ASKED),
+        ({"comment": "gleaner:0123456789abcdef replaced", "state": "COMPLETING"}, Cause.CANCELLED),
+        ({"comment": "gleaner:0123456789abcdef replaced", "preempted": "2026-11-24T01:10:00"}, Cause.PREEMPTED),
         ({"state": "TIMEOUT"}, Cause.TIME_LIMIT),
         ({"state": "COMPLETING", "reason": "TimeLimit"}, Cause.TIME_LIMIT),
         ({"ran": "23:58:40", "limit": "1-00:00:00"}, Cause.TIME_LIMIT),
@@ -81,6 +85,12 @@ def test_queue_lines() -> None:
     assert slurm.parse_jobs(queue_line(preempted="2026-11-24T01:10:00"))[0].preempted
     assert not slurm.parse_jobs(queue_line(preempted="2026-11-24T00:10:00"))[0].preempted, "an earlier run's"
     assert slurm.parse_jobs("") == []
+
+
+@pytest.mark.parametrize("comment", ["gleaner:0123456789abcdef replaced", "(null)", "a|b", ""])
+def test_comments_are_read_whole(comment: str) -> None:
+    (job,) = slurm.parse_jobs(queue_line(comment=comment))
+    assert job.comment == comment
 
 
 def test_unreadable_queue_is_an_error() -> None:
@@ -131,6 +141,7 @@ def test_commands_ask_with_explicit_formats(commands: Home) -> None:
     (call,) = commands.calls_of("squeue")
     assert "--user=ai-inference --name=llama-14b,llama-72b" in call
     assert "PreemptTime:24|" in call
+    assert call.endswith("Comment:128|")
 
 
 def test_systemds_variables_do_not_reach_the_job(commands: Home, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -159,6 +170,15 @@ def test_missing_command_is_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(slurm.SlurmError, match="squeue: No such file"):
         slurm.jobs("ai-inference", ["llama-14b"])
+
+
+def test_a_job_is_told_to_yield_in_its_batch_step_only(commands: Home) -> None:
+    slurm.comment(41, "gleaner:0123456789abcdef replaced")
+    slurm.terminate(41)
+    assert commands.calls == [
+        "scontrol update JobId=41 Comment=gleaner:0123456789abcdef replaced",
+        "scancel --batch --signal=TERM 41",
+    ]
 
 
 def test_submission_and_canceller(commands: Home) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import http.server
 import json
@@ -17,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from gleaner import record, slurm, stage, upstream
+from gleaner import stage
 
 DATA = os.urandom(300_000)
 SHA = hashlib.sha256(DATA).hexdigest()
@@ -31,6 +30,8 @@ class Store:
         self.models.mkdir()
         self.source = root / "source.bin"
         self.source.write_bytes(DATA)
+        self.ports: list[int] = []
+        self.drain_seconds = 1
 
     def entry(self, name: str = "one", **more: Any) -> dict[str, Any]:
         return {
@@ -44,11 +45,17 @@ class Store:
 
     def spec(self, *entries: dict[str, Any]) -> Path:
         path = self.root / "models.json"
-        path.write_text(json.dumps({"v": 1, "directory": str(self.models), "models": list(entries)}))
+        routers = {"address": "127.0.0.1", "ports": self.ports, "drain_seconds": self.drain_seconds}
+        path.write_text(
+            json.dumps({"v": 1, "directory": str(self.models), "routers": routers, "models": list(entries)})
+        )
         return path
 
     def run(self, action: str, *entries: dict[str, Any]) -> int:
-        return stage.run(SimpleNamespace(action=action, spec=self.spec(*entries)))  # type: ignore[arg-type]
+        return stage.run(SimpleNamespace(action=action, spec=self.spec(*entries), json=False))  # type: ignore[arg-type]
+
+    def found(self, *entries: dict[str, Any]) -> dict[str, Any]:
+        return stage.check(stage.Spec.load(self.spec(*entries)))
 
     @property
     def visible(self) -> list[str]:
@@ -134,10 +141,12 @@ def test_staged_verified_and_not_read_again(
 def test_check_tells_what_is_missing(store: Store, capsys: pytest.CaptureFixture[str]) -> None:
     (store.models / "stray.gguf").write_bytes(b"x")
     assert store.run("check", store.entry()) == stage.EXIT_MISSING
-    told = json.loads(capsys.readouterr().out)
-    assert told["models"] == {"one": "missing"}
-    assert told["unknown"] == ["stray.gguf"]
-    assert not told["complete"]
+    assert capsys.readouterr().out.splitlines() == [
+        "one is not there, to be staged",
+        "stray.gguf is not in the inventory and was not staged by gleaner, left alone",
+    ]
+    found = store.found(store.entry())
+    assert (found["models"], found["foreign"], found["complete"]) == ({"one": "missing"}, ["stray.gguf"], False)
     assert not (store.models / ".staging").exists(), "check wrote something"
 
 
@@ -172,20 +181,152 @@ def test_real_header_check_refuses_what_is_no_model(tmp_path: Path, capsys: pyte
     assert "not servable" in capsys.readouterr().err
 
 
-def test_changed_file_is_found_and_replaced(store: Store) -> None:
+def test_changed_file_is_found_and_replaced(store: Store, capsys: pytest.CaptureFixture[str]) -> None:
     assert store.run("stage", store.entry()) == 0
     (store.models / "one.gguf").write_bytes(DATA[:-1] + b"!")
     assert store.run("check", store.entry()) == stage.EXIT_MISSING
+    assert "one was not verified, to be read before it is served" in capsys.readouterr().out
     assert store.run("stage", store.entry()) == 0
     assert (store.models / "one.gguf").read_bytes() == DATA
     assert store.run("check", store.entry()) == 0
+    assert "one was there with another content, removed" in capsys.readouterr().out
 
 
-def test_changed_file_stays_when_the_source_is_worse(store: Store) -> None:
+@pytest.mark.parametrize("how", ["on disk", "in the inventory"])
+def test_changed_file_is_out_of_sight_before_its_replacement_comes_and_if_none_does(
+    store: Store, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert store.run("stage", store.entry()) == 0
-    store.source.write_bytes(b"short")
-    assert store.run("stage", store.entry(sha256="1" * 64)) == stage.EXIT_FAILED
-    assert (store.models / "one.gguf").read_bytes() == DATA
+    if how == "on disk":
+        (store.models / "one.gguf").write_bytes(DATA[:-1] + b"!")
+        wanted = store.entry()
+    else:
+        wanted = store.entry(sha256=hashlib.sha256(DATA[:1000]).hexdigest())
+    seen: list[list[str]] = []
+    fetch = stage.fetch
+
+    def look(*arguments: Any) -> str:
+        seen.append(store.visible)
+        return fetch(*arguments)
+
+    monkeypatch.setattr(stage, "fetch", look)
+    store.source.unlink()
+    assert store.run("stage", wanted) == stage.EXIT_FAILED
+    assert (seen, store.visible) == ([[]], [])
+    assert store.run("check", wanted) == stage.EXIT_MISSING
+    store.source.write_bytes(DATA if how == "on disk" else DATA[:1000])
+    assert store.run("stage", wanted) == 0
+    assert (seen, store.visible) == ([[], []], ["one.gguf"])
+    assert store.run("check", wanted) == 0
+
+
+def test_file_is_not_visible_while_it_is_read(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert store.run("stage", store.entry()) == 0
+    os.utime(store.models / "one.gguf")
+    seen: list[list[str]] = []
+    hash_file = stage.hash_file
+
+    def look(*arguments: Any) -> str:
+        seen.append(store.visible)
+        return hash_file(*arguments)
+
+    monkeypatch.setattr(stage, "hash_file", look)
+    monkeypatch.setattr(stage, "fetch", lambda *_: pytest.fail("fetched"))
+    assert store.run("stage", store.entry()) == 0
+    assert (seen, store.visible) == ([[]], ["one.gguf"])
+    assert store.run("check", store.entry()) == 0
+
+
+def test_interrupted_reading_is_taken_up_again(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert store.run("stage", store.entry()) == 0
+    os.utime(store.models / "one.gguf")
+
+    def interrupt(*_: object) -> str:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stage, "hash_file", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            store.run("stage", store.entry())
+    assert store.visible == []
+    monkeypatch.setattr(stage, "fetch", lambda *_: pytest.fail("fetched"))
+    assert store.run("stage", store.entry()) == 0
+    assert store.visible == ["one.gguf"]
+
+
+def test_right_file_that_is_not_servable_stays_out_of_sight(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    from gleaner import gguf
+
+    def refuse(path: Path, facts: object = None) -> None:
+        raise ValueError("n_layer: got 4, want 5")
+
+    (store.models / "one.gguf").write_bytes(DATA)
+    monkeypatch.setattr(gguf, "check_file", refuse)
+    assert store.run("stage", store.entry()) == stage.EXIT_FAILED
+    assert store.visible == []
+
+
+# Models that leave
+
+
+def test_model_that_the_inventory_no_longer_names_is_removed(store: Store, capsys: pytest.CaptureFixture[str]) -> None:
+    assert store.run("stage", store.entry(), store.entry("two")) == 0
+    assert store.run("check", store.entry()) == stage.EXIT_MISSING
+    assert "two is no longer in the inventory, to be removed" in capsys.readouterr().out
+    assert store.visible == ["one.gguf", "two.gguf"], "check removed something"
+    assert store.run("stage", store.entry()) == 0
+    told = capsys.readouterr().out
+    assert f"two.gone removed, {len(DATA)} bytes" in told
+    assert json.loads(told.splitlines()[-1]) == {"changed": [], "removed": ["two"], "failed": []}
+    assert store.visible == ["one.gguf"]
+    assert sorted(path.name for path in (store.models / ".staging").iterdir()) == ["lock", "verified.json"]
+    assert store.run("check", store.entry()) == 0
+
+
+def test_last_model_of_a_node_is_removed(store: Store) -> None:
+    assert store.run("stage", store.entry()) == 0
+    assert store.run("stage") == 0
+    assert store.visible == []
+    assert store.run("check") == 0
+
+
+@pytest.mark.parametrize("whose", ["brought by hand", "adopted", "overwritten", "of an older version"])
+def test_file_that_we_did_not_stage_is_told_and_left(
+    store: Store, whose: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    two = store.models / "two.gguf"
+    if whose == "overwritten":
+        assert store.run("stage", store.entry(), store.entry("two")) == 0
+    two.write_bytes(DATA)
+    if whose == "adopted":
+        assert store.run("stage", store.entry(), store.entry("two")) == 0
+    if whose == "of an older version":
+        assert store.run("stage", store.entry(), store.entry("two")) == 0
+        ledger = store.models / ".staging" / "verified.json"
+        known = json.loads(ledger.read_text())
+        del known["two"]["staged"]
+        ledger.write_text(json.dumps(known))
+    assert store.run("stage", store.entry()) == 0
+    assert store.visible == ["one.gguf", "two.gguf"]
+    assert f"{two} is not in the inventory and was not staged by gleaner; left alone" in capsys.readouterr().out
+    assert store.run("check", store.entry()) == 0
+
+
+def test_what_we_staged_is_ours_after_it_was_read_again(store: Store) -> None:
+    assert store.run("stage", store.entry(), store.entry("two")) == 0
+    os.utime(store.models / "two.gguf")
+    assert store.run("stage", store.entry(), store.entry("two")) == 0
+    assert store.run("stage", store.entry()) == 0
+    assert store.visible == ["one.gguf"]
+
+
+def test_download_that_is_not_wanted_any_more_is_removed(store: Store) -> None:
+    (store.models / ".staging").mkdir()
+    part = store.models / ".staging" / "two.part"
+    part.write_bytes(b"x")
+    assert store.run("check", store.entry()) == stage.EXIT_MISSING
+    assert store.run("stage", store.entry()) == 0
+    assert not part.exists()
 
 
 def test_file_brought_by_hand_is_verified_not_fetched(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -200,7 +341,7 @@ def test_stray_file_is_told_and_left(store: Store, capsys: pytest.CaptureFixture
     (store.models / "stray.gguf").write_bytes(b"x")
     assert store.run("stage", store.entry()) == 0
     assert store.visible == ["one.gguf", "stray.gguf"]
-    assert "stray.gguf is not in the inventory; left alone" in capsys.readouterr().out
+    assert "stray.gguf is not in the inventory and was not staged by gleaner; left alone" in capsys.readouterr().out
 
 
 def test_full_disk_is_refused_before_a_byte_is_fetched(
@@ -311,24 +452,36 @@ def test_double_name_is_refused(store: Store, capsys: pytest.CaptureFixture[str]
     assert "one twice" in capsys.readouterr().err
 
 
-# Telling a running router
+@pytest.mark.parametrize(
+    "text", ["{}", '{"v":1,"directory":"/x","models":[]}', '{"v":1,"directory":"/x","models":[{}]}']
+)
+def test_what_is_no_spec_is_refused_with_the_cure(
+    store: Store, text: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "spec.json").write_text(text)
+    namespace = SimpleNamespace(action="check", spec=tmp_path / "spec.json", json=False)
+    assert stage.run(namespace) == stage.EXIT_REFUSED  # type: ignore[arg-type]
+    assert "spec.json: " in capsys.readouterr().err
 
 
-class Routing:
-    """A gateway configuration and a router that lists models after a reload."""
+# Telling the node's routers
 
-    def __init__(self, root: Path) -> None:
-        self.ids, self.asked = ["one"], 0
-        routing = self
+
+class Router:
+    """A router that reads its folder when it is asked to, as llama-server does; `wrong` makes it misbehave."""
+
+    def __init__(self, models: Path) -> None:
+        self.models, self.busy, self.wrong = models, 0, ""
+        self.asked: list[str] = []
+        self.states = {path.stem: "unloaded" for path in models.glob("*.gguf")}
+        router = self
 
         class Handler(http.server.BaseHTTPRequestHandler):
             def do_GET(self) -> None:
-                assert self.path in ("/v1/models", "/v1/models?reload=1")
-                routing.asked += self.path.endswith("?reload=1")
-                if routing.asked >= 2:
-                    routing.ids = ["one", "two"]
-                body = json.dumps({"data": [{"id": name} for name in routing.ids]}).encode()
-                self.send_response(200)
+                router.asked.append(self.path)
+                status, value = router.answer(self.path)
+                body = json.dumps(value).encode()
+                self.send_response(status)
                 self.send_header("Content-Length", str(len(body)))
                 self.end_headers()
                 self.wfile.write(body)
@@ -336,15 +489,23 @@ class Routing:
             def log_message(self, *_: object) -> None:
                 return
 
-        self.server = http.server.HTTPServer(("127.0.0.1", 0), Handler)
+        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         threading.Thread(target=self.server.serve_forever, args=(0.05,), daemon=True).start()
-        self.registry = root / "endpoints"
-        self.registry.mkdir()
-        tier = upstream.TierConfig("fast", "llama-14b", self.server.server_port, {"vasp-02": "127.0.0.1"})
-        self.config = upstream.Config("ai", self.registry, 1, 10, root, root, (tier,))
+        self.port = self.server.server_port
 
-    def publish(self, host: str = "vasp-02") -> None:
-        record.write(self.registry, record.Record("fast", 1, 0, host, self.server.server_port, (), 0, 1))
+    def answer(self, path: str) -> tuple[int, Any]:
+        if self.wrong == "sick":
+            return 503, {}
+        if path.startswith("/slots"):
+            self.busy -= 1
+            return 200, [{"id": 0, "is_processing": self.busy >= 0}]
+        if path == "/v1/models?reload=1" and self.wrong != "deaf":
+            there = {path.stem for path in self.models.glob("*.gguf")}
+            self.states = {name: self.states.get(name, "unloaded") for name in sorted(there)}
+        return 200, {"data": [{"id": name, "status": {"value": state}} for name, state in self.states.items()]}
+
+    def reloads(self) -> int:
+        return self.asked.count("/v1/models?reload=1")
 
     def stop(self) -> None:
         self.server.shutdown()
@@ -352,59 +513,122 @@ class Routing:
 
 
 @pytest.fixture
-def routing(tmp_path: Path) -> Iterator[Routing]:
-    made = Routing(tmp_path)
+def router(store: Store) -> Iterator[Router]:
+    assert store.run("stage", store.entry(), store.entry("two")) == 0
+    made = Router(store.models)
+    store.ports = [made.port]
     yield made
     made.stop()
 
 
-def test_reload_waits_for_the_model(routing: Routing, capsys: pytest.CaptureFixture[str]) -> None:
-    routing.publish()
-    assert stage.reload(routing.config, "fast", ["two"], 5) == 0
-    assert routing.asked == 2
-    assert "fast on vasp-02 serves one, two\nnewly serves two\n" in capsys.readouterr().out
-
-
-def test_reload_of_what_is_listed_already_is_no_news(routing: Routing, capsys: pytest.CaptureFixture[str]) -> None:
-    routing.publish()
-    assert stage.reload(routing.config, "fast", [], 5) == 0
-    assert routing.asked == 1
-    assert capsys.readouterr().out == "fast on vasp-02 serves one\n"
-
-
-def test_reload_of_a_tier_that_is_not_running_is_fine(routing: Routing, capsys: pytest.CaptureFixture[str]) -> None:
-    assert stage.reload(routing.config, "fast", ["two"], 5) == 0
-    routing.publish()
-    routing.stop()
-    assert stage.reload(routing.config, "fast", ["two"], 5) == 0
-    assert capsys.readouterr().out.count("not running: it will read the folder when it starts") == 2
-
-
-def test_reload_does_not_wait_for_a_node_that_is_gone(
-    routing: Routing, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_running_router_is_told_of_each_model_that_comes(
+    store: Store, router: Router, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def no_route(*_: object) -> set[str]:
-        raise OSError(errno.EHOSTUNREACH, "No route to host")
-
-    routing.publish()
-    monkeypatch.setattr(stage, "listed", no_route)
-    monkeypatch.setattr(slurm, "jobs", lambda *_: [])
-    assert stage.reload(routing.config, "fast", ["two"], 5) == 0
-    assert "not running" in capsys.readouterr().out
+    entries = [store.entry(), store.entry("two"), store.entry("three"), store.entry("four")]
+    assert store.run("stage", *entries) == 0
+    assert (sorted(router.states), router.reloads()) == (["four", "one", "three", "two"], 2)
+    assert f"the router on 127.0.0.1:{router.port} serves three\n" in capsys.readouterr().out
 
 
-def test_reload_names_what_is_not_listed(routing: Routing) -> None:
-    routing.publish()
-    with pytest.raises(stage.StageError, match="does not list three within 1 s"):
-        stage.reload(routing.config, "fast", ["three"], 1)
+def test_router_that_lists_everything_is_left_alone(store: Store, router: Router) -> None:
+    assert store.run("check", store.entry(), store.entry("two")) == 0
+    assert store.run("stage", store.entry(), store.entry("two")) == 0
+    assert router.reloads() == 0
 
 
-def test_reload_asks_no_foreign_host(routing: Routing) -> None:
-    routing.publish("elsewhere")
-    with pytest.raises(stage.StageError, match="host: got elsewhere, want one of vasp-02"):
-        stage.reload(routing.config, "fast", [], 1)
+def test_router_that_missed_a_model_is_told_later(
+    store: Store, router: Router, capsys: pytest.CaptureFixture[str]
+) -> None:
+    del router.states["two"]
+    assert store.run("check", store.entry(), store.entry("two")) == stage.EXIT_MISSING
+    assert "two is not listed by a running router, which is to be told" in capsys.readouterr().out
+    assert store.run("stage", store.entry(), store.entry("two")) == 0
+    assert "two" in router.states
+    assert store.run("check", store.entry(), store.entry("two")) == 0
 
 
-def test_reload_of_an_unknown_tier_is_refused(routing: Routing) -> None:
-    with pytest.raises(stage.StageError, match="--tier: got slow, want one of fast"):
-        stage.reload(routing.config, "slow", [], 1)
+def test_router_that_does_not_run_reads_the_folder_when_it_starts(store: Store, router: Router) -> None:
+    router.stop()
+    assert store.run("stage", store.entry(), store.entry("three")) == 0
+    assert store.visible == ["one.gguf", "three.gguf"]
+    assert store.run("check", store.entry(), store.entry("three")) == 0
+
+
+def test_model_that_leaves_is_let_go_before_it_is_deleted(
+    store: Store, router: Router, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gone: list[bool] = []
+    left_over = stage.left_over
+
+    def look(spec: stage.Spec) -> list[Path]:
+        gone.append("two" not in router.states)
+        return left_over(spec)
+
+    monkeypatch.setattr(stage, "left_over", look)
+    assert store.run("stage", store.entry()) == 0
+    assert gone == [True]
+    assert list(router.states) == ["one"]
+    assert store.visible == ["one.gguf"]
+
+
+def test_requests_to_a_model_that_leaves_may_end_first(store: Store, router: Router) -> None:
+    router.states["two"], router.busy, store.drain_seconds = "loaded", 2, 20
+    assert store.run("stage", store.entry()) == 0
+    reload = router.asked.index("/v1/models?reload=1")
+    assert router.asked[:reload].count("/slots?model=two&autoload=false") == 3
+    assert store.visible == ["one.gguf"]
+
+
+def test_model_that_is_never_idle_is_unloaded_in_the_end(
+    store: Store, router: Router, capsys: pytest.CaptureFixture[str]
+) -> None:
+    router.states["two"], router.busy = "loaded", 1000
+    assert store.run("stage", store.entry()) == 0
+    assert "two still at work after 1 s, unloaded" in capsys.readouterr().out
+    assert list(router.states) == ["one"]
+
+
+def test_other_models_are_not_asked_whether_they_work(store: Store, router: Router) -> None:
+    router.states["one"], router.busy = "loaded", 1000
+    assert store.run("stage", store.entry()) == 0
+    assert not [path for path in router.asked if path.startswith("/slots")]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"), [("deaf", "it lists two"), ("sick", "/v1/models: HTTP 503")], ids=["deaf", "sick"]
+)
+def test_router_that_does_not_hear_keeps_the_model_from_being_deleted(
+    store: Store,
+    router: Router,
+    wrong: str,
+    told: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(stage, "TELL_SECONDS", 1.0)
+    router.wrong = wrong
+    assert store.run("stage", store.entry(), store.entry("three")) == stage.EXIT_FAILED
+    assert f"did not read {store.models} again within 1 s: {told}" in capsys.readouterr().err
+    assert store.visible == ["one.gguf", "three.gguf"], "one failure stopped the others"
+    assert (store.models / ".staging" / "two.gone").exists()
+    assert store.run("check", store.entry(), store.entry("three")) == stage.EXIT_MISSING
+    router.wrong = ""
+    assert store.run("stage", store.entry(), store.entry("three")) == 0
+    assert not (store.models / ".staging" / "two.gone").exists()
+    assert sorted(router.states) == ["one", "three"]
+
+
+def test_doubtful_model_is_let_go_while_it_is_read(
+    store: Store, router: Router, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    os.utime(store.models / "two.gguf")
+    seen: list[list[str]] = []
+
+    def look(*_: object) -> str:
+        seen.append(sorted(router.states))
+        return SHA
+
+    monkeypatch.setattr(stage, "hash_file", look)
+    assert store.run("stage", store.entry(), store.entry("two")) == 0
+    assert seen == [["one"]]
+    assert sorted(router.states) == ["one", "two"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -92,6 +93,22 @@ def test_serves_and_beats(place: Home) -> None:
     assert not [name for name in start["environment"] if name.startswith("GLEANER_")]
     assert "/health" in (place.root / "ai" / "logs" / "41" / "router.log").read_text()
     assert child.poll() is None
+
+
+def test_server_that_dies_is_started_again_from_the_same_build(place: Home) -> None:
+    old, new = place.root / "old", place.root / "new"
+    place.engine.parent.rename(old)
+    shutil.copytree(old, new)
+    link = place.engine.parent
+    link.symlink_to("old")
+    supervise(place)
+    wait_for(lambda: served(place))
+    assert (place.root / "ai" / "logs" / "41" / "engine").readlink() == old
+    link.unlink()
+    link.symlink_to("new")
+    os.kill(place.started[0]["pid"], signal.SIGKILL)
+    wait_for(lambda: len(place.started) == 2)
+    assert [start["argv"][0] for start in place.started] == [str(old / "bin" / "llama-server")] * 2
 
 
 def test_no_record_while_loading(place: Home) -> None:
@@ -228,6 +245,38 @@ def test_time_limit_stops_without_requeue(place: Home) -> None:
     assert child.wait(10) == Exit.STOPPED
     assert not place.calls_of("scontrol requeue")
     assert "time limit" in place.log("supervise")
+
+
+def test_replaced_drains_and_leaves_without_requeue(place: Home) -> None:
+    child = supervise(place)
+    wait_for(lambda: served(place))
+    place.set(place.server / "busy")
+    place.set(place.slurm / "job", job_text(comment="gleaner:0123456789abcdef replaced"))
+    os.kill(child.pid, signal.SIGTERM)
+    wait_for(lambda: served(place) is None, 1.0)
+    time.sleep(1.0)
+    assert healthy(place), "the stream in flight was cut"
+    (place.server / "busy").unlink()
+    assert child.wait(10) == Exit.STOPPED
+    assert not place.calls_of("scontrol requeue")
+    assert "told to stop (signal): replaced" in place.log("supervise")
+    assert nothing_left(place)
+
+
+def test_preempted_while_it_is_being_replaced_does_not_requeue(place: Home) -> None:
+    child = supervise(place)
+    wait_for(lambda: served(place))
+    place.set(place.server / "busy")
+    place.set(place.slurm / "job", job_text(comment="gleaner:0123456789abcdef replaced"))
+    os.kill(child.pid, signal.SIGTERM)
+    wait_for(lambda: "replaced" in place.log("supervise"))
+    place.set(
+        place.slurm / "job",
+        job_text(comment="gleaner:0123456789abcdef replaced", preempted="2026-11-24T01:10:00"),
+    )
+    os.kill(child.pid, signal.SIGTERM)
+    assert child.wait(10) == Exit.STOPPED
+    assert not place.calls_of("scontrol requeue")
 
 
 def test_silent_slurm_yields_as_if_preempted(place: Home) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
+
+import pytest
 
 from tests.lab import cluster
-from tests.lab.cluster import CONTROLLER, GEMMA3, PORT, SMOLLM2, TIER_NODE, TINY, run
-
-WEIGHTS_BYTES = 6686976  # of TINY, as its header says
+from tests.lab.ansible import ROOT
+from tests.lab.cluster import CONTROLLER, GEMMA3, PORT, SERVICE_USER, SMOLLM2, TIER_NODE, TINY, run
 
 
 def test_the_record_names_the_running_job_and_its_place() -> None:
@@ -35,12 +37,49 @@ def test_two_models_stay_loaded_and_the_oldest_goes() -> None:
     assert {model for model, state in states.items() if state == "loaded"} == {TINY, SMOLLM2}
 
 
-def test_weights_are_locked_in_memory() -> None:
-    # The small one: where the machine may not raise limits, a process may lock 8 MiB.
-    assert cluster.complete(TINY).status == 200
-    status = run(TIER_NODE, f"cat /proc/{cluster.model_pid(TINY)}/status")
-    locked = int(re.search(r"VmLck:\s+(\d+) kB", status)[1]) << 10  # type: ignore[index]
-    assert WEIGHTS_BYTES <= locked <= WEIGHTS_BYTES * 1.1
+def memlock(pid: str | int) -> tuple[str, str]:
+    """What a process may lock, soft and hard, in bytes or `unlimited`."""
+    line = run(TIER_NODE, f"grep '^Max locked memory' /proc/{pid}/limits")
+    soft, hard = line.split()[3:5]
+    return soft, hard
+
+
+@pytest.fixture
+def low_limit() -> Iterator[str]:
+    """The tier in a job of a slurmd whose own limit is low, but may be raised; gives how far."""
+    slurmd = run(TIER_NODE, "systemctl show --property=MainPID --value slurmd")
+    soft, hard = memlock(slurmd)
+
+    def another_job() -> None:
+        before = cluster.running_job().id
+        run(CONTROLLER, f"runuser -u {SERVICE_USER} -- scancel {before}")
+        cluster.wait_until("another job runs", lambda: cluster.running_job().id != before)
+        cluster.wait_served()
+
+    run(TIER_NODE, f"prlimit --pid={slurmd} --memlock=65536:{hard}")
+    try:
+        another_job()
+        yield hard
+    finally:
+        run(TIER_NODE, f"prlimit --pid={slurmd} --memlock={soft}:{hard}")
+    another_job()
+
+
+def test_weights_are_locked_in_memory_as_far_as_slurmd_may_lock(low_limit: str) -> None:
+    locked = {}
+    for model in (TINY, SMOLLM2, GEMMA3):
+        weights = json.loads((ROOT / f"inventories/lab/models/{model}.json").read_text())["tensor_bytes"]["total"]
+        # Where the machine may not raise limits, a process may lock 8 MiB: room for the small model.
+        if low_limit != "unlimited" and int(low_limit) < weights * 1.1:
+            continue
+        assert cluster.complete(model).status == 200
+        pid = cluster.model_pid(model)
+        assert memlock(pid) == memlock(cluster.router_pid()) == (low_limit, low_limit)
+        found = re.search(r"VmLck:\s+(\d+) kB", run(TIER_NODE, f"cat /proc/{pid}/status"))
+        assert found
+        locked[model] = int(found[1]) << 10
+        assert weights <= locked[model] <= weights * 1.1
+    assert TINY in locked
 
 
 def test_memory_is_bound_to_the_numa_node_of_the_gpu() -> None:
