@@ -42,6 +42,37 @@ def started_at(pid: int) -> int | None:
     return None if fields[0] in "ZX" else int(fields[19])
 
 
+class Lab:
+    """A lab on this machine, known by its folder: whether it lives, whose it is and what its hosts were made of."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self._record = directory / "owner.json"
+
+    def owner(self) -> dict[str, str]:
+        """What the lab was claimed with; empty when nothing says so."""
+        try:
+            owner = json.loads(self._record.read_text())
+        except (OSError, ValueError):
+            return {}
+        return owner if isinstance(owner, dict) else {}
+
+    def hosts(self) -> list[str]:
+        """Names of its hosts, whatever inventory they are of."""
+        return sorted(folder.name for folder in self.directory.glob("hosts/*"))
+
+    def alive(self) -> bool:
+        """Whether a process of the lab runs."""
+        records = [*self.directory.glob("hosts/*/process.json"), *self.directory.glob("packages-*.json")]
+        return any(Process(record, "").pid() is not None for record in records)
+
+    def claim(self, owner: dict[str, str]) -> None:
+        self.directory.mkdir(parents=True, exist_ok=True)
+        temporary = self._record.with_suffix(".tmp")
+        temporary.write_text(json.dumps(owner))
+        temporary.rename(self._record)
+
+
 class Process:
     """One long-lived process of the lab, known by a file that holds its id and start time."""
 

@@ -62,7 +62,7 @@ def playbook(
     return Run(done.returncode, done.stdout)
 
 
-def succeed(name: str, *arguments: str, **options: str) -> Run:
+def succeed(name: str, *arguments: str, **options: str | Path) -> Run:
     """Run a playbook that has to succeed."""
     run = playbook(name, *arguments, **options)  # type: ignore[arg-type]
     assert run.code == 0, run.output

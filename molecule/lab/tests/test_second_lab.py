@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -18,20 +19,48 @@ from tests.lab.ansible import LAB_ID, ROOT, Run, playbook, succeed
 SECOND = str((int(LAB_ID) + 1) % 10)
 HOST = "vasp-01"
 FOLDER = Path("/var/lib/gleaner-lab") / SECOND
-ONE_HOST = json.dumps({"lab_host_machines": [{"name": HOST, "octet": 11, "fake_gpus": [], "binds": []}]})
+PROXY = f"10.213.{SECOND}.1:3143"
 
 
-def up(cwd: Path = ROOT) -> Run:
-    return playbook("playbooks/lab_up.yml", "--limit", f"localhost,{HOST}", "-e", ONE_HOST, lab=SECOND, cwd=cwd)
+def up(cwd: Path = ROOT, **more_hosts: int) -> Run:
+    """Boot the second lab for a checkout, with HOST and with hosts that the inventory does not have: name, octet."""
+    machines = [
+        {"name": name, "octet": octet, "fake_gpus": [], "binds": []} for name, octet in {HOST: 11, **more_hosts}.items()
+    ]
+    hosts = json.dumps({"lab_host_machines": machines})
+    return playbook("playbooks/lab_up.yml", "--limit", f"localhost,{HOST}", "-e", hosts, lab=SECOND, cwd=cwd)
 
 
 def down() -> None:
     succeed("playbooks/lab_down.yml", lab=SECOND)
 
 
-def answers() -> bool:
-    ssh = ["ssh", "-F", str(ROOT / f".lab/ssh_config-{SECOND}"), "-o", "ConnectTimeout=5", HOST, "hostname"]
-    return subprocess.run(ssh, capture_output=True, text=True, check=False).stdout.strip() == HOST
+def ask(command: str, cwd: Path = ROOT) -> str:
+    """What a command prints on HOST, for the one who has the checkout's key; nothing when it cannot be asked."""
+    ssh = ["ssh", "-F", str(cwd / f".lab/ssh_config-{SECOND}"), "-o", "ConnectTimeout=5", HOST, command]
+    return subprocess.run(ssh, capture_output=True, text=True, check=False).stdout.strip()
+
+
+def answers(cwd: Path = ROOT) -> bool:
+    return ask("hostname", cwd) == HOST
+
+
+def proxies() -> set[str]:
+    """Addresses of this machine at which a package proxy of a lab listens."""
+    sockets = subprocess.run(["ss", "-Hltn", "sport = :3143"], capture_output=True, text=True, check=True).stdout
+    return {line.split()[3] for line in sockets.splitlines()}
+
+
+def kill_all() -> None:
+    killed = lab_pids()
+    assert killed
+    for pid in killed:
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            continue
+    cluster.wait_until("all are dead", lambda: not set(killed) & set(lab_pids()), 10)
+    assert not answers()
 
 
 def lab_pids() -> list[int]:
@@ -63,10 +92,21 @@ def remains() -> list[str]:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _second_lab() -> Iterator[None]:
+def _second_lab(stranger: Path) -> Iterator[None]:
     assert remains() == [], f"lab {SECOND} is in use: the tests need it for themselves"
     yield
+    # A test that failed may have left it to the other checkout.
+    playbook("playbooks/lab_down.yml", lab=SECOND, cwd=stranger)
     down()
+
+
+@pytest.fixture(scope="module")
+def stranger(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Another checkout, with a login key and secrets of its own."""
+    checkout = tmp_path_factory.mktemp("stranger") / "checkout"
+    private = (".*", "__pycache__", "vault.yml")
+    shutil.copytree(ROOT, checkout, ignore=shutil.ignore_patterns(*private))
+    return checkout
 
 
 def test_two_labs_run_side_by_side() -> None:
@@ -79,41 +119,65 @@ def test_two_labs_run_side_by_side() -> None:
     assert cluster.host(HOST).run(f'python3 -c "{code}"').rc != 0
 
 
-def test_a_lab_of_another_checkout_is_refused_with_the_cure(tmp_path: Path) -> None:
-    stranger = tmp_path / "checkout"
-    stranger.mkdir()
-    for entry in ROOT.iterdir():
-        if entry.name not in (".git", ".lab", "ansible.cfg"):
-            (stranger / entry.name).symlink_to(entry)
-    shutil.copy(ROOT / "ansible.cfg", stranger)
-    before = lab_pids()
+def test_the_package_proxy_listens_on_the_labs_bridge_only() -> None:
+    assert PROXY in proxies()
+    assert not [address for address in proxies() if not re.fullmatch(r"10\.213\.\d\.1:3143", address)]
+    assert ask("apt-get update >/dev/null && apt-cache policy hello | grep -c Candidate") == "1"
 
+
+def test_a_lab_of_another_checkout_is_refused_with_the_cure(stranger: Path) -> None:
+    before = lab_pids()
     refused = up(cwd=stranger)
     assert refused.failed == {"localhost"}, refused.output
     assert f"Lab {SECOND} runs for the checkout {ROOT}, not for {stranger}" in refused.text
-    assert f"make -C {ROOT} down" in refused.text
+    assert f"make -C {ROOT} down GLEANER_LAB_ID={SECOND}" in refused.text
     assert set(before) <= set(lab_pids())
     assert answers()
 
 
 def test_a_lab_that_was_killed_comes_up_again() -> None:
-    killed = lab_pids()
-    assert killed
-    for pid in killed:
-        try:
-            os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            continue
-    cluster.wait_until("all are dead", lambda: not set(killed) & set(lab_pids()), 10)
-    assert not answers()
-
+    assert ask("echo kept >/root/kept; sync /root/kept; cat /root/kept") == "kept"
+    kill_all()
     run = up()
     assert run.code == 0, run.output
-    assert answers()
+    assert ask("cat /root/kept") == "kept"
     assert cluster.ask("/health").status == 200
 
 
-def test_a_lab_that_is_taken_down_leaves_nothing() -> None:
+def test_a_dead_lab_of_another_checkout_is_removed_before_it_is_taken_over(stranger: Path) -> None:
+    kill_all()
+    run = up(cwd=stranger, elsewhere=20)
+    assert run.code == 0, run.output
+    assert f"Lab {SECOND} is made anew, its hosts' disks included: it belonged to the checkout {ROOT}." in run.text
+    assert ask("cat /root/kept; echo asked", cwd=stranger) == "asked"
+
+    # And back again, where the inventory has fewer hosts.
+    kill_all()
+    run = up()
+    assert run.code == 0, run.output
+    assert f"it belonged to the checkout {stranger}." in run.text
+    assert answers()
+    assert not (FOLDER / "hosts/elsewhere").exists()
     down()
     assert remains() == []
+
+
+def test_a_lab_whose_login_key_was_cleaned_away_is_made_anew(stranger: Path) -> None:
+    assert up(cwd=stranger).code == 0
+    # What git ignores, `git clean -fdx` removes.
+    shutil.rmtree(stranger / ".lab")
+    run = up(cwd=stranger)
+    assert run.code == 0, run.output
+    assert "the login key that its hosts admit is gone or was made anew." in run.text
+    assert answers(stranger)
+    again = up(cwd=stranger)
+    assert again.changed == {"localhost": 0, HOST: 0}, again.output
+    succeed("playbooks/lab_down.yml", lab=SECOND, cwd=stranger)
+
+
+def test_a_lab_that_is_taken_down_leaves_nothing() -> None:
+    assert up().code == 0
+    down()
+    assert remains() == []
+    assert PROXY not in proxies()
     assert cluster.ask("/health").status == 200
