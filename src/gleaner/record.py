@@ -7,6 +7,7 @@ import dataclasses
 import json
 import re
 import threading
+import traceback
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Union
@@ -250,6 +251,10 @@ class Publisher:
         self._wake.release()
         try:
             return work()
+        except Exception:
+            # The thread must live: nobody else can withdraw the record.
+            self._changes.say("fault", f"record: a fault of gleaner, please report it: {traceback.format_exc()}")
+            return False
         finally:
             self._wake.acquire()
 

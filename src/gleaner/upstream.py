@@ -14,6 +14,7 @@ import signal
 import subprocess
 import threading
 import time
+import traceback
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -351,7 +352,11 @@ class Router:
 
 
 class RegistryReader:
-    """Reads the records in a thread of its own: a shared file system can hang, routing must not."""
+    """Reads the records in a thread of its own: a shared file system can hang, routing must not.
+
+    While a read hangs, every record is said to be unreadable, and the updater goes on: started anew it would hang
+    in the same place. A thread that has ended is a fault that only a new start mends.
+    """
 
     def __init__(self, registry: Path, tiers: list[str], poll_seconds: float) -> None:
         self._registry, self._tiers, self._poll_seconds = registry, tiers, poll_seconds
@@ -359,11 +364,23 @@ class RegistryReader:
         self._readings: dict[str, Reading] = {}
         self._stop = threading.Event()
         self._read_at = time.monotonic()
-        threading.Thread(target=self._work, name="registry", daemon=True).start()
+        self._changes = OnChange()
+        self._thread = threading.Thread(target=self._work, name="registry", daemon=True)
+        self._thread.start()
+
+    def _read(self, tier: str) -> Reading:
+        try:
+            reading = record.read(self._registry, tier)
+        except Exception as error:
+            # One record that we cannot deal with is no reason to lose sight of the others, or of Slurm.
+            self._changes.say(tier, f"{tier}: a fault of gleaner, please report it: {traceback.format_exc()}")
+            return Unreadable(f"{record.path_of(self._registry, tier)}: {error!r}")
+        self._changes.clear(tier)
+        return reading
 
     def _work(self) -> None:
         while not self._stop.is_set():
-            readings = {tier: record.read(self._registry, tier) for tier in self._tiers}
+            readings = {tier: self._read(tier) for tier in self._tiers}
             with self._lock:
                 self._readings, self._read_at = readings, time.monotonic()
             self._stop.wait(self._poll_seconds / 2)
@@ -372,7 +389,9 @@ class RegistryReader:
         self._stop.set()
 
     def readings(self, stale_seconds: float) -> dict[str, Reading] | None:
-        """What was read last; None before the first answer."""
+        """What was read last; None before the first answer. RuntimeError when there will be none any more."""
+        if not self._thread.is_alive():
+            raise RuntimeError(f"the thread that reads {self._registry} has ended")
         with self._lock:
             if time.monotonic() - self._read_at > stale_seconds:
                 why = f"{self._registry}: no answer for {stale_seconds:g} s"

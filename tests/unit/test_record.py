@@ -208,6 +208,25 @@ def test_publisher_says_what_no_reader_would_accept(tmp_path: Path, capfd: pytes
     assert publisher.withdraw(1.0)
 
 
+def test_publisher_outlives_a_fault_of_ours(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def faulty(*_: object) -> None:
+        raise KeyError("no such thing")
+
+    publisher = record.Publisher(tmp_path, beat_seconds=0.05)
+    with monkeypatch.context() as patch:
+        patch.setattr(record, "write", faulty)
+        publisher.publish(GOOD)
+        time.sleep(0.2)
+    assert wait_for(lambda: seq_of(tmp_path))
+    with monkeypatch.context() as patch:
+        patch.setattr(record, "remove", faulty)
+        assert not publisher.withdraw(0.2)
+    assert publisher.withdraw(1.0)
+    assert capfd.readouterr().err.count("KeyError: 'no such thing'") == 2
+
+
 def test_publisher_seq_grows_over_a_withdrawal(tmp_path: Path) -> None:
     publisher = record.Publisher(tmp_path, beat_seconds=0.05)
     publisher.publish(GOOD)

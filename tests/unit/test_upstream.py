@@ -461,6 +461,65 @@ def test_missing_registry_is_said_and_changes_nothing(site: Site, capfd: pytest.
     away.rename(site.place.registry)
 
 
+def test_a_reading_that_raises_is_said_and_routing_goes_on(
+    site: Site, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def faulty(*_: object) -> record.Reading:
+        raise KeyError("no such thing")
+
+    routed(site)
+    with monkeypatch.context() as patch:
+        patch.setattr(record, "read", faulty)
+        site.turn_for(0.5)
+        assert site.up
+        told = capfd.readouterr().err
+        assert told.count("fast: a fault of gleaner") == 1
+        assert "in faulty" in told, "where it happened"
+        assert told.count("KeyError('no such thing'); the last good record stays, its job 41 is running") == 1
+        # Slurm is still heard.
+        site.queue(queue_line(preempted="2026-11-24T01:10:00"))
+        site.until(lambda: not site.up, 1.0)
+    site.queue(queue_line())
+    site.until(lambda: site.up, 2.0)
+
+
+def test_a_reading_that_hangs_is_said_and_routing_goes_on(
+    site: Site, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    hung = threading.Event()
+    genuine = record.read
+
+    def hanging(registry: Path, tier: str) -> record.Reading:
+        hung.wait(20)
+        return genuine(registry, tier)
+
+    routed(site)
+    monkeypatch.setattr(record, "read", hanging)
+    site.turn_for(2.5)
+    assert site.up
+    no_answer = f"{site.place.registry}: no answer for 1 s; the last good record stays, its job 41 is running"
+    assert capfd.readouterr().err.count(no_answer) == 1
+    # A new start meets the same, and finds the tier routed.
+    site.restart()
+    site.turn_for(1.5)
+    assert site.up
+    site.queue(queue_line(preempted="2026-11-24T01:10:00"))
+    site.until(lambda: not site.up, 1.0)
+    hung.set()
+
+
+# Nothing less than SystemExit gets past the reader.
+@pytest.mark.filterwarnings("ignore:Exception in thread registry")
+def test_a_reader_that_has_ended_ends_the_updater(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    def ending(*_: object) -> record.Reading:
+        raise SystemExit
+
+    routed(site)
+    monkeypatch.setattr(record, "read", ending)
+    with pytest.raises(RuntimeError, match=f"the thread that reads {site.place.registry} has ended"):
+        site.turn_for(2.0)
+
+
 # nginx.service
 
 
