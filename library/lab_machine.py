@@ -200,7 +200,9 @@ class Machine:
 
     def _no_process_left(self) -> bool:
         """End every process in the host's own network namespace and cgroups, which tell them from all others."""
-        pids = {int(pid) for group in self._cgroups() for file in group.rglob("cgroup.procs") for pid in _lines(file)}
+        # os.walk passes over a group that goes meanwhile, as they do one after the other while the host ends.
+        folders = (Path(folder) for group in self._cgroups() for folder, _, _ in os.walk(group))
+        pids = {int(pid) for folder in folders for pid in _lines(folder / "cgroup.procs")}
         if self.namespace.exists():
             pids |= {int(pid) for pid in run("ip", "netns", "pids", self.machine).split()}
         for pid in pids - {0}:  # 0 is how the kernel writes a process that this one cannot see
