@@ -431,13 +431,20 @@ def address_of(tier: upstream.TierConfig, reading: Record) -> str:
 
 def listed(address: str, port: int, query: str, timeout_seconds: float) -> set[str]:
     """The model ids that the router lists; with the query ``?reload=1`` after reading its folder again."""
+    # A server that was started before there was a key asks for none.
+    key = files.read_key(files.SERVER_KEY) if files.SERVER_KEY.exists() else ""
     connection = http.client.HTTPConnection(address, port, timeout=max(timeout_seconds, 1.0))
     try:
-        connection.request("GET", f"/v1/models{query}")
+        connection.request("GET", f"/v1/models{query}", headers={"Authorization": f"Bearer {key}"} if key else {})
         response = connection.getresponse()
         body = response.read()
     finally:
         connection.close()
+    if response.status == 401:
+        raise StageError(
+            f"http://{address}:{port} was started with another key than {files.SERVER_KEY}: "
+            "have the tier start again, with `scontrol requeue` of its job"
+        )
     if response.status != 200:
         raise ValueError(f"HTTP {response.status}")
     try:

@@ -17,7 +17,8 @@ from typing import Any
 
 import pytest
 
-from gleaner import record, slurm, stage, upstream
+from gleaner import files, record, slurm, stage, upstream
+from tests.unit.fakes import SERVER_KEY
 
 DATA = os.urandom(300_000)
 SHA = hashlib.sha256(DATA).hexdigest()
@@ -318,7 +319,7 @@ class Routing:
     """A gateway configuration and a router that lists models after a reload."""
 
     def __init__(self, root: Path) -> None:
-        self.ids, self.asked = ["one"], 0
+        self.ids, self.asked, self.key = ["one"], 0, ""
         routing = self
 
         class Handler(http.server.BaseHTTPRequestHandler):
@@ -328,7 +329,8 @@ class Routing:
                 if routing.asked >= 2:
                     routing.ids = ["one", "two"]
                 body = json.dumps({"data": [{"id": name} for name in routing.ids]}).encode()
-                self.send_response(200)
+                known = not routing.key or self.headers["Authorization"] == f"Bearer {routing.key}"
+                self.send_response(200 if known else 401)
                 self.send_header("Content-Length", str(len(body)))
                 self.end_headers()
                 self.wfile.write(body)
@@ -397,6 +399,18 @@ def test_reload_names_what_is_not_listed(routing: Routing) -> None:
     routing.publish()
     with pytest.raises(stage.StageError, match="does not list three within 1 s"):
         stage.reload(routing.config, "fast", ["three"], 1)
+
+
+def test_reload_brings_the_key(routing: Routing, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "SERVER_KEY", tmp_path / "server.key")
+    files.SERVER_KEY.write_text(SERVER_KEY + "\n")
+    routing.publish()
+    routing.key = SERVER_KEY
+    assert stage.reload(routing.config, "fast", [], 5) == 0
+    files.SERVER_KEY.write_text("f" * 64)
+    with pytest.raises(stage.StageError, match=r"another key than .*/server\.key: have the tier") as caught:
+        stage.reload(routing.config, "fast", [], 5)
+    assert "f" * 64 not in str(caught.value)
 
 
 def test_reload_asks_no_foreign_host(routing: Routing) -> None:
