@@ -70,5 +70,5 @@ test-full: test
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt -c constraints.txt
 	touch $@
 
-$(VAULT): .venv/ready
+$(VAULT): .venv/ready tools/lab_secrets.py
 	@$(BIN)/python tools/lab_secrets.py $@

@@ -1,7 +1,8 @@
 """Time to the first token, of several servers in turn. Runs on the host that all admit; standard library only.
 
 Standard input holds this program when it comes over ssh, so the one argument is JSON:
-{"servers": {"name": "host:port", …}, "request": {…}, "pairs": 40, "keep_alive": true}.
+{"servers": {"name": "host:port", …}, "request": {…}, "pairs": 40, "keep_alive": true, "key_file": "/…"}.
+llama-server itself answers only who brings the key; the gateway has its own.
 Prints JSON: for each server the seconds of each request, in order.
 """
 
@@ -11,6 +12,7 @@ import http.client
 import json
 import sys
 import time
+from pathlib import Path
 
 WARM_UP = 3
 
@@ -38,7 +40,8 @@ def main() -> None:
     order = json.loads(sys.argv[1])
     servers: dict[str, str] = order["servers"]
     body = json.dumps(order["request"]).encode()
-    headers = {"Content-Type": "application/json"}
+    key = Path(order["key_file"]).read_text().strip()
+    headers = {"Content-Type": "application/json", "Authorization": f"Bearer {key}"}
     if not order["keep_alive"]:
         headers["Connection"] = "close"
     connections = {name: http.client.HTTPConnection(place, timeout=60) for name, place in servers.items()}

@@ -58,7 +58,13 @@ def request(tokens: int, **more: object) -> dict[str, Any]:
 
 def first_tokens(ssh: list[str], servers: dict[str, str], pairs: int, keep_alive: bool) -> dict[str, list[float]]:
     """Milliseconds to the first token, asked from the controller: only it may reach llama-server."""
-    order = {"servers": servers, "request": request(2), "pairs": pairs, "keep_alive": keep_alive}
+    order = {
+        "servers": servers,
+        "request": request(2),
+        "pairs": pairs,
+        "keep_alive": keep_alive,
+        "key_file": "/etc/gleaner/server.key",
+    }
     with (Path(__file__).with_name("first_token.py")).open() as program:
         run = subprocess.run(
             [*ssh, shlex.join(["python3", "-", json.dumps(order)])],

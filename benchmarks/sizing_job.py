@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from benchmarks import lab
+from gleaner import files
 from gleaner import plan as planner
 from gleaner import site as site_model
 
@@ -29,8 +30,9 @@ END_SECONDS = 60
 LIVING = ("UNKNOWN", "PENDING", "RUNNING", "COMPLETING")
 ASK = """\
 import sys, urllib.request
-url, seconds = sys.argv[1], float(sys.argv[2])
-request = urllib.request.Request(url, sys.stdin.buffer.read(), {"Content-Type": "application/json"})
+url, seconds, key = sys.argv[1], float(sys.argv[2]), open(sys.argv[3]).read().strip()
+headers = {"Content-Type": "application/json", "Authorization": "Bearer " + key}
+request = urllib.request.Request(url, sys.stdin.buffer.read(), headers)
 urllib.request.urlopen(request, timeout=seconds).read()
 """
 TIER = {
@@ -129,7 +131,7 @@ class _Site:
         tokens: list[Any] = [100 + number % 4000 for number in range(CONTEXT_TOKENS - 64)]
         body = {"model": MODEL, "prompt": tokens, "max_tokens": 1, "temperature": 0}
         url = f"http://{self.address}:{PORT}/v1/completions"
-        command = shlex.join(["python3", "-c", ASK, url, str(PROMPT_SECONDS)])
+        command = shlex.join(["python3", "-c", ASK, url, str(PROMPT_SECONDS), str(files.SERVER_KEY)])
         process = subprocess.Popen(
             [*self.node, command], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )

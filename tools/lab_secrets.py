@@ -8,20 +8,22 @@ import secrets
 import sys
 from pathlib import Path
 
+NAMES = ("vault_munge_key", "vault_slurmdbd_password", "vault_server_key")
+
 
 def main() -> int:
-    """Write the file named by the first argument when it does not exist yet."""
+    """Write the file named by the first argument, or add to it what it lacks: no secret is made twice."""
     target = Path(sys.argv[1])
-    if target.exists():
-        return 0
-    names = ("vault_munge_key", "vault_slurmdbd_password")
-    text = "---\n" + "".join(f"{name}: {secrets.token_urlsafe(48)}\n" for name in names)
+    text = target.read_text() if target.exists() else "---\n"
+    missing = [name for name in NAMES if f"\n{name}: " not in text]
+    text += "".join(f"{name}: {secrets.token_urlsafe(48)}\n" for name in missing)
     temporary = target.with_suffix(".tmp")
     temporary.unlink(missing_ok=True)
     with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
         file.write(text)
     temporary.rename(target)
-    print(f"made {target.name}: random passwords for the lab")
+    if missing:
+        print(f"{target.name}: made {', '.join(missing)} for the lab")
     return 0
 
 

@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gleaner import heartbeat
+from gleaner import files, heartbeat
 from gleaner.journal import say
 from gleaner.probe import Probe
 
@@ -165,10 +165,13 @@ class Process:
     asked_to_stop: bool = False
 
     @classmethod
-    def launch(cls, task: Task) -> Process:
+    def launch(cls, task: Task, key: str = "") -> Process:
         argv = [*binding(task.numa_node, os.sched_getaffinity(0)), *task.argv]
         environment = {name: value for name, value in os.environ.items() if not name.startswith("GLEANER_")}
         environment.update(task.environment)
+        # The processes of a router's models inherit it. They listen where every user of the node can connect.
+        if key:
+            environment["LLAMA_API_KEY"] = key
         # gdb is not wanted on a node at 3 a.m.; llama.cpp starts it on abort otherwise.
         environment["GGML_NO_BACKTRACE"] = "1"
         parent = os.getpid()
@@ -225,6 +228,7 @@ class BusyCheck:
 
     selector: selectors.BaseSelector
     task: Task
+    key: str = ""
     probe: Probe | None = None
     waiting: list[str] = field(default_factory=list)
     listing: bool = False
@@ -236,7 +240,7 @@ class BusyCheck:
         self._get("/v1/models" if self.listing else "/slots")
 
     def _get(self, path: str) -> None:
-        self.probe = Probe(self.selector, self.task.address, self.task.port, path, BUSY_TIMEOUT)
+        self.probe = Probe(self.selector, self.task.address, self.task.port, path, BUSY_TIMEOUT, self.key)
 
     def advance(self) -> bool | None:
         """Busy, idle, or None while it is not known yet."""
@@ -286,6 +290,8 @@ class Agent:
         self.channel = heartbeat.Channel(socket.create_connection(supervisor, heartbeat.SILENCE_SECONDS))
         self.selector.register(self.channel.socket, selectors.EVENT_READ)
         self.channel.send(heartbeat.greeting(token, node))
+        self.key_file = Path(os.environ.get("GLEANER_SERVER_KEY_FILE") or files.SERVER_KEY)
+        self.key = ""
         self.task: Task | None = None
         self.process: Process | None = None
         self.health = "down"
@@ -348,7 +354,8 @@ class Agent:
         self.health_at, self.idle_answers = 0.0, 0
         try:
             require_free(task.address, task.port)
-            self.process = Process.launch(task)
+            self.key = files.read_key(self.key_file)
+            self.process = Process.launch(task, self.key)
         except (OSError, ValueError) as error:
             say(f"cannot start {task.argv[0]}: {error}")
             self.channel.send({"refused": task.start, "why": str(error)})
@@ -369,7 +376,7 @@ class Agent:
 
     def _watch_busy(self) -> None:
         if self.process is not None and self.task is not None and self.busy_check is None:
-            self.busy_check = BusyCheck(self.selector, self.task)
+            self.busy_check = BusyCheck(self.selector, self.task, self.key)
             self.busy_check.begin()
 
     def _reap(self) -> None:

@@ -1,16 +1,20 @@
-"""Small file helpers: whole-or-not writes, bounded JSON reads, our own command line."""
+"""Small file helpers: whole-or-not writes, bounded reads, our own command line."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import os
+import re
 import socket
 import sys
 from pathlib import Path
 from typing import Any
 
 JSON_LIMIT = 1 << 20
+# What llama-server demands of whoever asks it. On a node it is the service user's, on the controller root's.
+SERVER_KEY = Path("/etc/gleaner/server.key")
+KEY_LIMIT = 1024
 
 
 def write_atomic(path: Path, data: bytes, mode: int = 0o644) -> None:
@@ -55,6 +59,17 @@ def load_config(path: Path) -> dict[str, Any]:
     if value.get("v") != 1:
         raise ValueError(f"{path}: v: got {value.get('v')!r}, want 1: written by another version of gleaner?")
     return value
+
+
+def read_key(path: Path) -> str:
+    """The key of llama-server; ValueError names the file and what is wrong, never the key."""
+    try:
+        key = read_bounded(path, KEY_LIMIT).decode("ascii", errors="replace").strip()
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror}): run playbooks/tiers.yml") from None
+    if not re.fullmatch(r"[0-9a-f]{64}", key):
+        raise ValueError(f"{path}: got {len(key)} characters, want 64 hexadecimal digits: run playbooks/tiers.yml")
+    return key
 
 
 def own_command() -> list[str]:

@@ -30,10 +30,14 @@ class Probe:
     `status` is the HTTP status or None; `failure` is `refused`, `timeout` or an error text.
     """
 
-    def __init__(self, selector: selectors.BaseSelector, address: str, port: int, path: str, timeout: float) -> None:
+    def __init__(
+        self, selector: selectors.BaseSelector, address: str, port: int, path: str, timeout: float, key: str = ""
+    ) -> None:
         self._selector = selector
         self._deadline = time.monotonic() + timeout
-        self._request = f"GET {path} HTTP/1.1\r\nHost: {address}:{port}\r\nConnection: close\r\n\r\n".encode()
+        lines = [f"GET {path} HTTP/1.1", f"Host: {address}:{port}", "Connection: close"]
+        lines += [f"Authorization: Bearer {key}"] if key else []
+        self._request = "".join(f"{line}\r\n" for line in [*lines, ""]).encode()
         self._answer = bytearray()
         self.status: int | None = None
         self.body = b""

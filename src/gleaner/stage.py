@@ -569,14 +569,21 @@ def listed(address: str, port: int, query: str, timeout_seconds: float) -> dict[
 
 
 def ask(address: str, port: int, path: str, timeout_seconds: float) -> Any:
-    """The JSON that a server answers; ValueError for everything else."""
+    """The JSON that a server answers; ValueError for everything else, StageError when it has another key."""
+    # A server that was started before there was a key asks for none.
+    key = files.read_key(files.SERVER_KEY) if files.SERVER_KEY.exists() else ""
     connection = http.client.HTTPConnection(address, port, timeout=timeout_seconds)
     try:
-        connection.request("GET", path)
+        connection.request("GET", path, headers={"Authorization": f"Bearer {key}"} if key else {})
         response = connection.getresponse()
         body = response.read()
     finally:
         connection.close()
+    if response.status == 401:
+        raise StageError(
+            f"http://{address}:{port} was started with another key than {files.SERVER_KEY}: "
+            "have the tier start again, with `scontrol requeue` of its job"
+        )
     if response.status != 200:
         raise ValueError(f"HTTP {response.status}")
     return json.loads(body)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
+import re
+import shlex
+import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, TypeVar
@@ -126,6 +129,12 @@ def cancel(job: int) -> None:
     run(CONTROLLER, f"scancel {job}")
 
 
+def run_as(user: str, name: str, *argv: str) -> subprocess.CompletedProcess[str]:
+    """A program that a user runs on a host; the exit code is the caller's to judge."""
+    done = host(name).run(f"runuser -u {user} -- {shlex.join(argv)}")
+    return subprocess.CompletedProcess(argv, done.rc, str(done.stdout), str(done.stderr))
+
+
 def pids(name: str, command: str, user: str = SERVICE_USER) -> list[int]:
     """Processes of a user on a host whose command line has this, the oldest first."""
     found = host(name).run(f"pgrep --uid {user} --full '{command}'")
@@ -179,6 +188,18 @@ def ask(path: str, body: object = None, method: str = "", timeout: float = 120.0
     return Answer(response.status, headers, content, time.monotonic() - start)
 
 
+def send(data: bytes) -> Answer:
+    """Bytes for the gateway that no client library would send, and its answer."""
+    start = time.monotonic()
+    with socket.create_connection((address(CONTROLLER), PORT), ANSWER_SECONDS) as connection:
+        connection.sendall(data)
+        with contextlib.closing(http.client.HTTPResponse(connection)) as response:
+            response.begin()
+            content = response.read()
+    headers = {name.lower(): value for name, value in response.getheaders()}
+    return Answer(response.status, headers, content, time.monotonic() - start)
+
+
 def complete(model: str, tokens: int = 1, port: int = PORT) -> Answer:
     return ask("/v1/completions", {"model": model, "prompt": "Once upon a time", "max_tokens": tokens}, port=port)
 
@@ -197,11 +218,12 @@ def model_states() -> dict[str, str]:
     return {entry["id"]: entry["status"]["value"] for entry in ask("/v1/models").json["data"]}
 
 
-def assert_away(answer: Answer) -> None:
+def assert_away(answer: Answer, seconds: float = ANSWER_SECONDS) -> None:
     """What a client is told while a tier is away: promptly, as JSON, and when to come back."""
     assert answer.status == 503, answer
-    assert answer.seconds < ANSWER_SECONDS, answer
+    assert answer.seconds < seconds, answer
     assert answer.headers["content-type"].startswith("application/json"), answer
+    assert re.fullmatch(r"[1-9]\d*", answer.headers["retry-after"]), answer
     error = answer.json["error"]
     assert error["message"], answer
     assert error["type"] == "unavailable_error", answer
@@ -230,12 +252,18 @@ def watch(done: Callable[[list[Answer]], bool], seconds: float = BACK_SECONDS, r
     return answers
 
 
+def watch_for(seconds: float, refused: bool = False) -> list[Answer]:
+    """Watch what clients get for so long, whatever happens."""
+    end = time.monotonic() + seconds
+    return watch(lambda _: time.monotonic() >= end, seconds + ANSWER_SECONDS, refused)
+
+
 def away_and_back(seconds: float = BACK_SECONDS) -> list[Answer]:
     """Watch the tier go and come back."""
     return watch(lambda answers: answers[-1].status == 200 and any(a.status == 503 for a in answers), seconds)
 
 
-@contextmanager
+@contextlib.contextmanager
 def tier_stopped() -> Iterator[None]:
     """No keeper and no job: the tier is away until the end of the block."""
     run(CONTROLLER, "systemctl stop gleaner-keeper")

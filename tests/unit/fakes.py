@@ -24,6 +24,7 @@ from tools.build_zipapp import build
 # Programs refuse to run as root, and root's own Python may be closed to others.
 SERVICE_UID = 64299 if os.geteuid() == 0 else os.geteuid()
 PYTHON = "/usr/bin/python3"
+SERVER_KEY = "0123456789abcdef" * 4
 
 # A file per command in the fake's folder decides what it answers; `calls` keeps what was asked.
 SLURM = """#!/bin/sh
@@ -44,7 +45,7 @@ sacct) cat "$FAKE_SLURM/accounting" ;;
 esac
 """
 
-# Enough of a router: /health, /v1/models, /slots, a stream, children, and ways to misbehave.
+# Enough of a router: /health, /v1/models, /slots, its key, children, and ways to misbehave.
 SERVER = """#!/usr/bin/python3
 import http.server, json, os, signal, subprocess, sys, threading, time
 control = os.environ["FAKE_SERVER"]
@@ -71,6 +72,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         status, value = 200, {"status": "ok"}
         if self.path == "/health" and has("loading"):
             status = 503
+        elif self.path != "/health" and self.headers["Authorization"] != "Bearer " + os.environ["LLAMA_API_KEY"]:
+            status = 401
         elif self.path.startswith("/v1/models"):
             second = "loading" if has("model-loads") else "unloaded"
             value = {"data": [{"id": "one", "status": {"value": "loaded"}},
@@ -172,6 +175,7 @@ class Home:
         self.set(self.slurm / "queue", "")
         self.set(self.slurm / "submitted", "41\n")
         self.set(self.slurm / "accounting", "")
+        self.set(self.root / "server.key", SERVER_KEY + "\n")
         for path in [self.root, *self.root.rglob("*")]:
             os.chown(path, SERVICE_UID, SERVICE_UID)
         self.children: list[subprocess.Popen[str]] = []
@@ -211,6 +215,7 @@ class Home:
             "PATH": f"{self.bin}:/usr/bin:/bin",
             "FAKE_SLURM": str(self.slurm),
             "FAKE_SERVER": str(self.server),
+            "GLEANER_SERVER_KEY_FILE": str(self.root / "server.key"),
             **more,
         }
 

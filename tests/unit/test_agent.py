@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from gleaner import agent
-from tests.unit.fakes import Home, alive, home, wait_for
+from gleaner import agent, heartbeat
+from tests.unit.fakes import SERVER_KEY, Home, alive, home, wait_for
 
 
 @pytest.fixture
@@ -143,12 +143,16 @@ def test_process_states() -> None:
 
 # Some Pythons warn of a fork beside the threads of other tests; an agent has no threads.
 @pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")
-def test_process_has_its_own_group_and_no_secret(place: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_process_has_its_own_group_and_one_secret(
+    place: Home, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setenv("GLEANER_TOKEN", "secret")
-    process = agent.Process.launch(task(place))
+    process = agent.Process.launch(task(place), SERVER_KEY)
     wait_for(lambda: place.started)
     assert os.getpgid(process.pid) == process.pid != os.getpgid(0)
     assert "GLEANER_TOKEN" not in place.started[0]["environment"]
+    assert place.started[0]["environment"]["LLAMA_API_KEY"] == SERVER_KEY
+    assert SERVER_KEY not in " ".join(place.started[0]["argv"]) + capfd.readouterr().err
     child = wait_for(lambda: (place.server / "child").exists() and int((place.server / "child").read_text()))
     resident, _ = agent.group_memory(process.pid)
     assert resident > 1
@@ -178,10 +182,10 @@ def test_group_memory_counts_locked_pages_of_children() -> None:
             os.killpg(shell.pid, signal.SIGKILL)
 
 
-def answers(place: Home) -> bool:
+def answers(place: Home, key: str = SERVER_KEY) -> bool:
     """Ask once whether anything is in flight."""
     with selectors.DefaultSelector() as selector:
-        check = agent.BusyCheck(selector, task(place))
+        check = agent.BusyCheck(selector, task(place), key)
         check.begin()
         try:
             for _ in range(200):
@@ -196,13 +200,14 @@ def answers(place: Home) -> bool:
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")
 def test_busy_check_asks_without_loading_a_model(place: Home) -> None:
-    process = agent.Process.launch(task(place))
+    process = agent.Process.launch(task(place), SERVER_KEY)
     log = place.root / "router.log"
     try:
         wait_for(lambda: (place.server / "child").exists())
         # Before it listens, a refused connection also means that nothing is in flight.
         wait_for(lambda: not answers(place) and "GET /slots?model=one&autoload=false" in log.read_text())
         assert "model=two" not in log.read_text()
+        assert answers(place, "another key"), "a server that does not tell was taken for idle"
         place.set(place.server / "busy")
         assert answers(place)
         (place.server / "busy").unlink()
@@ -231,6 +236,32 @@ def test_log_is_rotated_while_it_is_written(tmp_path: Path) -> None:
     os.wait()
     assert log.read_bytes() == b"new\n"
     assert (tmp_path / "router.log.1").stat().st_size == 4001
+
+
+def refusal(place: Home) -> str:
+    """Why an agent does not start the server that its supervisor wants."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        child = place.start("agent", GLEANER_SUPERVISOR=f"127.0.0.1:{port}", GLEANER_TOKEN="token")
+        listener.settimeout(10)
+        channel = heartbeat.Channel(listener.accept()[0])
+    try:
+        channel.send({"start": vars(task(place))})
+        refused = wait_for(lambda: [message for message in channel.receive() if "refused" in message])
+        return str(refused[0]["why"])
+    finally:
+        channel.close()
+        child.wait(10)
+
+
+def test_no_server_starts_without_a_key(place: Home) -> None:
+    file = place.root / "server.key"
+    place.set(file, "0123456789,sk-two\n")
+    assert refusal(place) == f"{file}: got 17 characters, want 64 hexadecimal digits: run playbooks/tiers.yml"
+    file.unlink()
+    assert refusal(place) == f"{file}: cannot be read (No such file or directory): run playbooks/tiers.yml"
+    assert not place.started
+    assert "sk-two" not in place.log("agent")
 
 
 def test_agent_by_hand_says_who_starts_it(place: Home) -> None:

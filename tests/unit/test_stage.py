@@ -16,7 +16,8 @@ from typing import Any
 
 import pytest
 
-from gleaner import stage
+from gleaner import files, stage
+from tests.unit.fakes import SERVER_KEY
 
 DATA = os.urandom(300_000)
 SHA = hashlib.sha256(DATA).hexdigest()
@@ -471,7 +472,7 @@ class Router:
     """A router that reads its folder when it is asked to, as llama-server does; `wrong` makes it misbehave."""
 
     def __init__(self, models: Path) -> None:
-        self.models, self.busy, self.wrong = models, 0, ""
+        self.models, self.busy, self.wrong, self.key = models, 0, "", ""
         self.asked: list[str] = []
         self.states = {path.stem: "unloaded" for path in models.glob("*.gguf")}
         router = self
@@ -480,6 +481,8 @@ class Router:
             def do_GET(self) -> None:
                 router.asked.append(self.path)
                 status, value = router.answer(self.path)
+                if router.key and self.headers["Authorization"] != f"Bearer {router.key}":
+                    status, value = 401, {}
                 body = json.dumps(value).encode()
                 self.send_response(status)
                 self.send_header("Content-Length", str(len(body)))
@@ -528,6 +531,19 @@ def test_running_router_is_told_of_each_model_that_comes(
     assert store.run("stage", *entries) == 0
     assert (sorted(router.states), router.reloads()) == (["four", "one", "three", "two"], 2)
     assert f"the router on 127.0.0.1:{router.port} serves three\n" in capsys.readouterr().out
+
+
+def test_a_router_is_asked_with_the_servers_key(
+    store: Store, router: Router, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    router.key = SERVER_KEY
+    (tmp_path / "server.key").write_text(SERVER_KEY + "\n")
+    monkeypatch.setattr(files, "SERVER_KEY", tmp_path / "server.key")
+    assert store.run("stage", store.entry(), store.entry("two"), store.entry("three")) == 0
+    assert "three" in router.states
+    router.key = "another one"
+    assert store.run("stage", store.entry(), store.entry("two"), store.entry("three"), store.entry("four")) != 0
+    assert "was started with another key" in capsys.readouterr().err
 
 
 def test_router_that_lists_everything_is_left_alone(store: Store, router: Router) -> None:

@@ -103,19 +103,6 @@ def test_it_listens_on_the_cluster_address_only() -> None:
     assert outside == {f"{cluster.address(TIER_NODE)}:{PORT}"}
 
 
-def connect(name: str) -> str:
-    """What a TCP connection from a host to the tier's port meets."""
-    code = f"import socket; socket.create_connection(('{cluster.address(TIER_NODE)}', {PORT}), 5)"
-    done = cluster.host(name).run(f'python3 -c "{code}"')
-    return "open" if done.rc == 0 else str(done.stderr).strip().splitlines()[-1]
-
-
-def test_only_the_controller_reaches_its_port() -> None:
-    assert connect(CONTROLLER) == "open"
-    for name in ("vasp-01", "vasp-03"):
-        assert "ConnectionRefusedError" in connect(name)
-
-
 def test_an_unknown_model_is_refused_in_json_and_evicts_nothing() -> None:
     before = cluster.model_states()
     answer = cluster.complete("no-such-model")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import time
 
 import openai
@@ -76,19 +75,59 @@ def test_an_unknown_model_is_the_clients_mistake(client: openai.OpenAI) -> None:
         client.completions.create(model="no-such-model", prompt="x", max_tokens=1)
 
 
-@pytest.mark.parametrize(
-    ("path", "body", "method", "status"),
-    [
-        ("/no/such/path", None, "GET", 404),
-        ("/v1/chat/completions", b"{ not json", "POST", 0),
-        ("/" + "x" * 20000, None, "GET", 414),
-    ],
-)
-def test_mistakes_are_answered_in_json(path: str, body: bytes | None, method: str, status: int) -> None:
-    answer = cluster.ask(path, body, method)
-    assert answer.status >= 400, answer
-    assert not status or answer.status == status, answer
+HOST = b" HTTP/1.1\r\nHost: gateway\r\n"
+# What the gateway itself answers, whether the tier is up or away.
+MISTAKES = [
+    pytest.param(b"GET /no/such/path" + HOST + b"\r\n", 404, id="unknown-path"),
+    pytest.param(b"POST /models/unload" + HOST + b"Content-Length: 2\r\n\r\n{}", 404, id="path-of-the-router"),
+    pytest.param(b"GET /slots" + HOST + b"\r\n", 404, id="others-prompts"),
+    pytest.param(b"GET /v1/models?reload=1" + HOST + b"\r\n", 403, id="reload"),
+    pytest.param(b"GET /" + b"x" * 20000 + HOST + b"\r\n", 414, id="long-path"),
+    pytest.param(b"GET /health" + HOST + b"X: " + b"x" * 20000 + b"\r\n\r\n", 431, id="long-header"),
+    pytest.param(b"POST /v1/completions" + HOST + b"Content-Length: 70000000\r\n\r\n", 413, id="large-body"),
+    pytest.param(b"POST /v1/completions" + HOST + b"Content-Length: x\r\n\r\n", 400, id="no-length"),
+    pytest.param(b"TRACE /health" + HOST + b"\r\n", 405, id="trace"),
+    pytest.param(b"GET /health HTTP/1.1\r\n\r\n", 400, id="no-host"),
+    pytest.param(b"GET /health HTTP/7.0\r\n\r\n", 505, id="version"),
+    pytest.param(b"\x16\x03\x01\x02\x00\x01\x00\r\n\r\n", 400, id="tls"),
+    pytest.param(b"what is this\r\n\r\n", 400, id="no-http"),
+]
+
+
+def assert_mistake(answer: cluster.Answer, status: int) -> None:
+    assert answer.status == status, answer
+    assert answer.headers["content-type"].startswith("application/json"), answer
+    error = answer.json["error"]
+    assert error["message"], answer
+    assert error["type"], answer
+    assert error["code"] == status, answer
+
+
+@pytest.mark.parametrize(("request_", "status"), MISTAKES)
+def test_mistakes_are_answered_in_json(request_: bytes, status: int) -> None:
+    assert_mistake(cluster.send(request_), status)
+
+
+def test_what_llama_server_refuses_is_json() -> None:
+    answer = cluster.ask("/v1/chat/completions", b"{ not json")
+    assert answer.status in (400, 500), answer
     assert answer.json["error"]["message"], answer
+
+
+def test_head_is_answered_without_a_body() -> None:
+    answer = cluster.ask("/health", method="HEAD")
+    assert (answer.status, answer.body) == (200, b"")
+    assert answer.headers["content-type"].startswith("application/json"), answer
+    unknown = cluster.ask("/no/such/path", method="HEAD")
+    assert (unknown.status, unknown.body) == (404, b"")
+    assert unknown.headers["content-type"].startswith("application/json"), unknown
+
+
+def test_a_clients_own_key_does_not_matter(client: openai.OpenAI) -> None:
+    """Programs insist on one."""
+    for key in ("none", "sk-" + "0" * 48):
+        assert list(client.with_options(api_key=key).models.list())
+    assert cluster.ask("/v1/models").status == 200
 
 
 def test_while_the_tier_is_away_every_path_says_so_and_when_to_come_back(client: openai.OpenAI) -> None:
@@ -99,9 +138,16 @@ def test_while_the_tier_is_away_every_path_says_so_and_when_to_come_back(client:
             ("/v1/completions", {"model": SMOLLM2, "prompt": "x"}),
             ("/v1/chat/completions", {"model": SMOLLM2, "messages": MESSAGES, "stream": True}),
         ):
-            answer = cluster.ask(path, body)
-            cluster.assert_away(answer)
-            assert re.fullmatch(r"[1-9]\d*", answer.headers["retry-after"])
+            cluster.assert_away(cluster.ask(path, body))
+        head = cluster.ask("/health", method="HEAD")
+        assert (head.status, head.body) == (503, b""), head
+        assert head.headers["content-type"].startswith("application/json"), head
+        assert head.headers["retry-after"], head
+        for request in MISTAKES:
+            data, status = request.values
+            assert isinstance(data, bytes)
+            assert isinstance(status, int)
+            assert_mistake(cluster.send(data), status)
         with pytest.raises(openai.InternalServerError) as caught:
             client.chat.completions.create(model=SMOLLM2, messages=MESSAGES)
         assert caught.value.status_code == 503
