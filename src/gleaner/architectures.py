@@ -23,6 +23,7 @@ _DENSE = frozenset(
 )
 _BIASES = frozenset(f"{name}.bias" for name in ("attn_q", "attn_k", "attn_v", "attn_output"))
 _HEAD_NORMS = frozenset({"attn_q_norm.weight", "attn_k_norm.weight"})
+_SIZES = ("n_embd", "n_ff", "n_head", "n_head_kv", "head_dim_k", "head_dim_v", "n_vocab")
 
 
 class Architecture(NamedTuple):
@@ -54,13 +55,17 @@ ARCHITECTURES: Mapping[str, Architecture] = {
 
 
 def unknown(facts: Mapping[str, Any]) -> str | None:
-    """Why a model's memory cannot be planned, or None: its architecture or a tensor that its graph here lacks."""
+    """Why a model's memory cannot be planned, or None: its architecture, a tensor that its graph here lacks, or a
+    size of 0, which no model of these architectures has."""
     architecture = ARCHITECTURES.get(facts["architecture"])
     if architecture is None:
         return f"architecture {facts['architecture']} (known: {', '.join(sorted(ARCHITECTURES))})"
     foreign = sorted(set(facts["layer_tensors"]) - architecture.tensors)
     if foreign:
         return f"architecture {facts['architecture']} with {', '.join(foreign[:4])} in its layers"
+    nothing = [key for key in _SIZES if not all(per_layer(facts[key], facts["n_layers"]))]
+    if nothing:
+        return f"architecture {facts['architecture']} with {', '.join(nothing)} of 0"
     return None
 
 

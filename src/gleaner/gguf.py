@@ -2,7 +2,7 @@
 
 A header is foreign data: each length is checked against the file's size and a bound before it is used, long
 values are skipped rather than kept, the bounds hold for all parts of a split model together, and everything
-that is wrong is one ``ValueError``.
+that is wrong is one ``ValueError`` of one line. So is a server: what it sends has to be what was asked for, in time.
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ import ssl
 import stat
 import struct
 import sys
+import time
 import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Callable, NamedTuple, Union
 
@@ -38,10 +39,18 @@ MAX_KEPT_ARRAY = 1024
 MAX_KEPT_BYTES = 2**20
 # The largest vocabularies have about 260,000 tokens and 520,000 merges.
 MAX_ARRAY_STRINGS = 2**21
-MAX_LAYERS = 1024
+# LLAMA_MAX_LAYERS (src/llama-hparams.h).
+MAX_LAYERS = 512
+# Different names in the layers of one model; with tensors for each expert there are some hundred.
+MAX_LAYER_TENSORS = 4096
 MAX_PARTS = 512
 WINDOW_BYTES = 2**20
+# For a connection, and for each time that something is read from it.
 HTTP_TIMEOUT_SECONDS = 30
+# For all parts of a model.
+HTTP_TOTAL_SECONDS = 600
+# Beside the range that one request asks for: headers, also those of redirects.
+HTTP_EXTRA_BYTES = 2**18
 
 
 class BlockType(NamedTuple):
@@ -107,9 +116,12 @@ _SCALARS: Mapping[int, struct.Struct] = {
 }
 _U32 = struct.Struct("<I")
 _U64 = struct.Struct("<Q")
-_LAYER = re.compile(r"blk\.(\d{1,9})\.")
+_LAYER = re.compile(r"blk\.([0-9]+)\.")
+_LAYER_TENSOR = re.compile(r"[A-Za-z0-9_.-]{1,63}")
+_ARCHITECTURE = re.compile(r"[a-z0-9][a-z0-9_.-]{0,63}")
 # llama_split_path (src/llama.cpp); a URL may have a query after it.
-_FIRST_PART = re.compile(r"(.+)-00001-of-(\d{5})\.gguf(\?.*)?", re.DOTALL)
+_FIRST_PART = re.compile(r"(.+)-00001-of-([0-9]{5})\.gguf(\?.*)?", re.DOTALL)
+_CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,19})-([0-9]{1,19})/([0-9]{1,19})")
 
 Value = Union[int, float, bool, str, "Kept"]
 
@@ -136,6 +148,12 @@ class Header(NamedTuple):
     data_start: int
 
 
+def _show(value: object) -> str:
+    """A foreign value in a message: printable, short, one line."""
+    text = repr(value)
+    return text if len(text) <= 80 else text[:79] + "…"
+
+
 @dataclass
 class _Budget:
     """What the header of a model may still take, of all its parts together."""
@@ -144,6 +162,7 @@ class _Budget:
     kept_bytes: int = MAX_KEPT_BYTES
     strings: int = MAX_ARRAY_STRINGS
     tensors: int = MAX_TENSORS
+    deadline: float = field(default_factory=lambda: time.monotonic() + HTTP_TOTAL_SECONDS)
 
 
 class _Window:
@@ -249,8 +268,8 @@ def _array(window: _Window, budget: _Budget, what: str) -> Kept:
 
 
 def _value(window: _Window, budget: _Budget, key: str) -> Value:
-    what = f"the value of {key!r}"
-    kind = window.u32(f"the type of {key!r}")
+    what = f"the value of {_show(key)}"
+    kind = window.u32(f"the type of {_show(key)}")
     if kind == _STRING:
         return _string(window, what)
     if kind == _ARRAY:
@@ -270,23 +289,23 @@ def _kept_bytes(value: Value) -> int:
 
 def _tensor(window: _Window, index: int) -> Tensor:
     name = _text(window, MAX_TENSOR_NAME_BYTES, f"the name of tensor {index}")
-    dimensions = window.u32(f"the dimension count of tensor {name!r}")
+    dimensions = window.u32(f"the dimension count of tensor {index}")
     if dimensions > 4:
-        raise ValueError(f"tensor {name!r} has {dimensions} dimensions; wanted at most 4")
-    rest = window.take(8 * dimensions + 12, f"the shape of tensor {name!r}")
+        raise ValueError(f"tensor {_show(name)} has {dimensions} dimensions; wanted at most 4")
+    rest = window.take(8 * dimensions + 12, f"the shape of tensor {index}")
     *shape, kind, offset = struct.unpack(f"<{dimensions}QIQ", rest)
     block = GGML_TYPES.get(kind)
     if block is None:
-        raise ValueError(f"tensor {name!r} has ggml type {kind}, which this version of gleaner does not know")
+        raise ValueError(f"tensor {_show(name)} has ggml type {kind}, which this version of gleaner does not know")
     elements = 1
     for extent in shape:
         elements *= extent
         if not 0 < elements < 2**63:
-            raise ValueError(f"tensor {name!r} has the impossible shape {shape}")
+            raise ValueError(f"tensor {_show(name)} has the impossible shape {shape}")
     row = shape[0] if shape else 1
     if row % block.elements:
         raise ValueError(
-            f"tensor {name!r} has rows of {row} elements; {block.name} wants a multiple of {block.elements}"
+            f"tensor {_show(name)} has rows of {row} elements; {block.name} wants a multiple of {block.elements}"
         )
     return Tensor(name, tuple(shape), block, offset, elements // block.elements * block.size)
 
@@ -316,7 +335,7 @@ def _parse(window: _Window, budget: _Budget) -> Header:
     for index in range(key_count):
         key = _text(window, MAX_KEY_BYTES, f"metadata key {index}")
         if key in metadata:
-            raise ValueError(f"metadata key {key!r} appears twice")
+            raise ValueError(f"metadata key {_show(key)} appears twice")
         metadata[key] = _value(window, budget, key)
         budget.kept_bytes -= len(key) + _kept_bytes(metadata[key])
         if budget.kept_bytes < 0:
@@ -332,10 +351,10 @@ def _parse(window: _Window, budget: _Budget) -> Header:
     for index in range(tensor_count):
         tensor = _tensor(window, index)
         if tensor.name in names:
-            raise ValueError(f"tensor {tensor.name!r} appears twice")
+            raise ValueError(f"tensor {_show(tensor.name)} appears twice")
         # llama.cpp refuses gaps and overlaps in the same way.
         if tensor.offset != expected:
-            raise ValueError(f"tensor {tensor.name!r} lies at offset {tensor.offset}; wanted {expected}")
+            raise ValueError(f"tensor {_show(tensor.name)} lies at offset {tensor.offset}; wanted {expected}")
         names.add(tensor.name)
         tensors.append(tensor)
         expected = _pad(tensor.offset + tensor.size, alignment)
@@ -346,39 +365,116 @@ def _parse(window: _Window, budget: _Budget) -> Header:
 class _NoDowngrade(urllib.request.HTTPRedirectHandler):
     """Follows redirects within https only."""
 
+    def http_error_302(self, req: urllib.request.Request, fp: Any, code: int, msg: str, headers: Any) -> Any:
+        # It would be read to its end.
+        fp.close()
+        return super().http_error_302(req, fp, code, msg, headers)
+
+    http_error_301 = http_error_303 = http_error_307 = http_error_308 = http_error_302
+
     def redirect_request(
         self, req: urllib.request.Request, fp: Any, code: int, msg: str, headers: Any, newurl: str
     ) -> urllib.request.Request | None:
         if not newurl.startswith("https://"):
-            raise ValueError(f"{req.full_url} redirects to {newurl!r}; wanted https://")
+            raise ValueError(f"it redirects to {_show(newurl)}; wanted https://")
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
-def _fetch_range(opener: urllib.request.OpenerDirector, url: str, start: int, count: int) -> tuple[bytes, int]:
-    """``count`` bytes of the URL from ``start`` (fewer at its end), and the whole size it reports."""
-    request = urllib.request.Request(url, headers={"Range": f"bytes={start}-{start + count - 1}"})
-    try:
-        with opener.open(request, timeout=HTTP_TIMEOUT_SECONDS) as answer:
-            match = re.fullmatch(r"bytes (\d{1,19})-\d{1,19}/(\d{1,19})", answer.headers.get("Content-Range", ""))
-            if answer.status != 206 or match is None or int(match.group(1)) != start:
-                raise ValueError(f"the server does not serve byte ranges (HTTP {answer.status})")
-            return answer.read(count), int(match.group(2))
-    except (urllib.error.URLError, OSError, http.client.HTTPException) as error:
-        raise ValueError(str(getattr(error, "reason", error)) or type(error).__name__) from error
+class _Url:
+    """A file on an https server, of which ranges are read.
+
+    Whatever the server does, it ends: all that it sends, answers, headers and bodies that nobody wants, comes
+    through a socket that counts bytes and looks at the clock.
+    """
+
+    def __init__(self, url: str, deadline: float) -> None:
+        self.url = url
+        self.size: int | None = None
+        self._deadline = deadline
+        self._bytes_left = 0
+        context = ssl.create_default_context()
+        context.sslsocket_class = self._socket_class()
+        self._opener = urllib.request.build_opener(_NoDowngrade(), urllib.request.HTTPSHandler(context=context))
+
+    def _socket_class(self) -> type[ssl.SSLSocket]:
+        url = self
+
+        class Bounded(ssl.SSLSocket):
+            def recv_into(self, buffer: Any, nbytes: int | None = None, flags: int = 0) -> int:
+                self.settimeout(url._timeout())
+                count = super().recv_into(buffer, nbytes, flags)
+                url._bytes_left -= count
+                if url._bytes_left < 0:
+                    raise OSError("the server sends more than was asked for")
+                return count
+
+        return Bounded
+
+    def _timeout(self) -> float:
+        left = self._deadline - time.monotonic()
+        if left <= 0:
+            raise TimeoutError
+        return min(left, HTTP_TIMEOUT_SECONDS)
+
+    def fetch(self, start: int, count: int) -> bytes:
+        """``count`` bytes from ``start``, fewer at the end of the file."""
+        self._bytes_left = count + HTTP_EXTRA_BYTES
+        request = urllib.request.Request(self.url, headers={"Range": f"bytes={start}-{start + count - 1}"})
+        try:
+            with self._opener.open(request, timeout=self._timeout()) as answer:
+                wanted = min(count, self._size(answer, start, count) - start)
+                content: bytes = answer.read(wanted + 1)
+        except (urllib.error.URLError, OSError, OverflowError, http.client.HTTPException) as error:
+            raise _trouble(error) from error
+        if len(content) != wanted:
+            got = len(content) if len(content) < wanted else "more"
+            raise ValueError(f"asked for {wanted} bytes at byte {start}, the server sent {got}")
+        return content
+
+    def _size(self, answer: Any, start: int, count: int) -> int:
+        """The size of the file, once the answer to a request is for the range that was asked for."""
+        given = answer.headers.get("Content-Range", "")
+        match = _CONTENT_RANGE.fullmatch(given)
+        if answer.status != 206 or match is None:
+            raise ValueError(
+                f"the server does not serve byte ranges (HTTP {answer.status}, Content-Range {_show(given)})"
+            )
+        first, last, size = (int(number) for number in match.groups())
+        if self.size not in (None, size):
+            raise ValueError(f"the file had {self.size} bytes and now has {size}: it changes while it is read")
+        if first != start or last != min(start + count, size) - 1:
+            raise ValueError(f"asked for {count} bytes at byte {start}, the server answers with {given}")
+        self.size = size
+        return size
+
+
+def _trouble(error: Exception) -> ValueError:
+    """What went wrong between us and a server, in one line; words of the server may be among its own."""
+    if isinstance(error, urllib.error.HTTPError):
+        error.close()
+    reason = getattr(error, "reason", error)
+    if isinstance(reason, TimeoutError):
+        return ValueError(
+            f"the server is too slow; wanted each answer within {HTTP_TIMEOUT_SECONDS} s, "
+            f"all of them within {HTTP_TOTAL_SECONDS} s"
+        )
+    if isinstance(reason, OverflowError):
+        return ValueError("the URL, or one that the server redirects to, has a port beyond all ports")
+    words = " ".join(str(reason).split()) or type(reason).__name__
+    return ValueError(words if words.isprintable() and len(words) <= 200 else _show(words))
 
 
 def _read_url(url: str, budget: _Budget) -> Header:
-    opener = urllib.request.build_opener(
-        _NoDowngrade(), urllib.request.HTTPSHandler(context=ssl.create_default_context())
-    )
-    first, size = _fetch_range(opener, url, 0, WINDOW_BYTES)
+    file = _Url(url, budget.deadline)
+    first = file.fetch(0, WINDOW_BYTES)
+    assert file.size is not None
 
     def fetch(start: int, count: int) -> bytes:
         if start + count <= len(first):
             return first[start : start + count]
-        return _fetch_range(opener, url, start, count)[0]
+        return file.fetch(start, count)
 
-    return _parse(_Window(size, fetch, budget.header_bytes), budget)
+    return _parse(_Window(file.size, fetch, budget.header_bytes), budget)
 
 
 def _open_at_once(path: str, flags: int) -> int:
@@ -451,11 +547,6 @@ def _read_model(source: str) -> list[tuple[str, Header]]:
     return [(source, first), *((part, _read(part, budget)) for part in others)]
 
 
-def _show(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:79] + "…"
-
-
 def _whole(header: Header, key: str, default: int | None = None) -> int:
     value = header.metadata.get(key, default)
     if type(value) is not int or not 0 <= value < 2**63:
@@ -498,7 +589,7 @@ def _tensors(headers: Sequence[Header]) -> list[Tensor]:
     tensors = [tensor for header in headers for tensor in header.tensors]
     for tensor in tensors:
         if tensor.name in names:
-            raise ValueError(f"tensor {tensor.name!r} is in two parts")
+            raise ValueError(f"tensor {_show(tensor.name)} is in two parts")
         names.add(tensor.name)
     if count > 1:
         wanted = _whole(headers[0], "split.tensors.count")
@@ -516,7 +607,7 @@ def facts_of(header: Header, *others: Header) -> dict[str, Any]:
     metadata = header.metadata
     tensors = _tensors((header, *others))
     architecture = metadata.get("general.architecture")
-    if not isinstance(architecture, str) or not re.fullmatch(r"[a-z0-9][a-z0-9_.-]{0,63}", architecture):
+    if not isinstance(architecture, str) or not _ARCHITECTURE.fullmatch(architecture):
         raise ValueError(f"metadata 'general.architecture' is {_show(architecture)}; wanted a name")
 
     layers = _whole(header, f"{architecture}.block_count")
@@ -539,7 +630,7 @@ def facts_of(header: Header, *others: Header) -> dict[str, Any]:
         if layer is not None:
             number = int(layer.group(1))
             if number >= layers:
-                raise ValueError(f"tensor {tensor.name!r} belongs to none of the {layers} layers")
+                raise ValueError(f"tensor {_show(tensor.name)} belongs to none of the {layers} layers")
             per_layer[number] += tensor.size
             layer_tensors.add(tensor.name[layer.end() :])
         elif tensor.name.startswith("token_embd"):
@@ -550,6 +641,9 @@ def facts_of(header: Header, *others: Header) -> dict[str, Any]:
             output += tensor.size
             tied = tied and tensor.name != "output.weight"
 
+    size = sum(part.size_bytes for part in (header, *others))
+    if total > size:
+        raise ValueError(f"tensors of {total} bytes in a file of {size}: it is truncated")
     name = metadata.get("general.name")
     file_type = metadata.get("general.file_type")
     window = _whole(header, f"{architecture}.attention.sliding_window", 0)
@@ -577,7 +671,7 @@ def facts_of(header: Header, *others: Header) -> dict[str, Any]:
         "tied_output": tied,
         "n_tensors": len(tensors),
         "layer_tensors": sorted(layer_tensors),
-        "size_bytes": header.size_bytes + sum(part.size_bytes for part in others),
+        "size_bytes": size,
         "tensor_bytes": {"total": total, "token_embd": token_embd, "output": output, "per_layer": per_layer},
     }
     fault = facts_fault(facts)
@@ -599,61 +693,111 @@ def inspect(source: str) -> dict[str, Any]:
         raise ValueError(f"{source}: {error}") from error
 
 
+class _Kind(NamedTuple):
+    """What a fact may be, in words and as a test of the value and the number of layers."""
+
+    wanted: str
+    sound: Callable[[Any, int], bool]
+
+
+def _whole_up_to(most: int) -> _Kind:
+    return _Kind(
+        f"a whole number up to {most}",
+        lambda value, _: isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= most,
+    )
+
+
+def _each(kind: _Kind) -> _Kind:
+    return _Kind(
+        f"{kind.wanted} for each layer",
+        lambda value, layers: (
+            isinstance(value, (list, tuple))
+            and len(value) == layers
+            and all(kind.sound(item, layers) for item in value)
+        ),
+    )
+
+
+def _either(*kinds: _Kind) -> _Kind:
+    return _Kind(", or ".join(kind.wanted for kind in kinds), lambda *value: any(kind.sound(*value) for kind in kinds))
+
+
+_NULL = _Kind("null", lambda value, _: value is None)
+_FLAG = _Kind("true or false", lambda value, _: isinstance(value, bool))
+_TEXT = _Kind("text", lambda value, _: isinstance(value, str))
+_NAME = _Kind("a name", lambda value, _: isinstance(value, str) and _ARCHITECTURE.fullmatch(value) is not None)
+_TENSOR_NAMES = _Kind(
+    f"at most {MAX_LAYER_TENSORS} names of tensors",
+    lambda value, _: (
+        isinstance(value, (list, tuple))
+        and len(value) <= MAX_LAYER_TENSORS
+        and all(isinstance(name, str) and _LAYER_TENSOR.fullmatch(name) for name in value)
+    ),
+)
+_PART = _whole_up_to(MAX_PARTS)
+_SPLIT = _Kind(
+    "count and no",
+    lambda value, _: isinstance(value, Mapping) and all(_PART.sound(value.get(key), 0) for key in ("count", "no")),
+)
+# llama.cpp reads most numbers as these.
+_32_BITS = _whole_up_to(2**32 - 1)
+# The largest file known has 2**42 bytes.
+_BYTES = _whole_up_to(2**50)
+# Beyond these bounds a number is a mistake or a trap; beside each is the largest that is known.
+_WIDTH = _whole_up_to(2**20)  # 18432
+_HEADS = _whole_up_to(2**12)  # 232
+_HEAD_WIDTH = _whole_up_to(2**14)  # 576
+_FEED_FORWARD = _whole_up_to(2**22)  # 73728
+_TOKENS = _whole_up_to(2**22)  # 262208
+
+_FACTS: Mapping[str, _Kind] = {
+    "architecture": _NAME,
+    "name": _TEXT,
+    "file_type": _either(_32_BITS, _NULL),
+    "n_embd": _WIDTH,
+    "n_ff": _either(_FEED_FORWARD, _each(_FEED_FORWARD)),
+    "n_head": _either(_HEADS, _each(_HEADS)),
+    "n_head_kv": _either(_HEADS, _each(_HEADS)),
+    "head_dim_k": _HEAD_WIDTH,
+    "head_dim_v": _HEAD_WIDTH,
+    "n_vocab": _TOKENS,
+    "context_length": _32_BITS,
+    "sliding_window": _either(_32_BITS, _NULL),
+    "sliding_window_pattern": _either(_32_BITS, _each(_FLAG), _NULL),
+    "split": _either(_SPLIT, _NULL),
+    "tied_output": _FLAG,
+    "n_tensors": _whole_up_to(MAX_TENSORS),
+    "layer_tensors": _TENSOR_NAMES,
+    "size_bytes": _BYTES,
+    "tensor_bytes.total": _BYTES,
+    "tensor_bytes.token_embd": _BYTES,
+    "tensor_bytes.output": _BYTES,
+    "tensor_bytes.per_layer": _each(_BYTES),
+}
+
+
 def facts_fault(facts: object) -> str | None:
-    """What is wrong with recorded header facts (read from JSON), or None: their shape, not their truth."""
+    """What is wrong with recorded header facts (read from JSON), or None: shape and bounds, not their truth."""
     if not isinstance(facts, Mapping):
         return "they are not a JSON object"
     if facts.get("v") != FACTS_VERSION:
-        return f"their version is {facts.get('v')!r}; wanted {FACTS_VERSION}"
-
-    def whole(value: object) -> bool:
-        return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
-
-    for key in (
-        "n_layers",
-        "n_embd",
-        "head_dim_k",
-        "head_dim_v",
-        "n_vocab",
-        "context_length",
-        "n_tensors",
-        "size_bytes",
-    ):
-        if not whole(facts.get(key)):
-            return f"{key} is {_show(facts.get(key))}; wanted a whole number"
-    layers = facts["n_layers"]
-    if not 0 < layers <= MAX_LAYERS:
-        return f"n_layers is {layers}; wanted 1 to {MAX_LAYERS}"
-
-    def wholes(value: object) -> bool:
-        return isinstance(value, (list, tuple)) and len(value) == layers and all(whole(item) for item in value)
-
-    for key in ("n_ff", "n_head", "n_head_kv"):
-        if not (whole(facts.get(key)) or wholes(facts.get(key))):
-            return f"{key} is {_show(facts.get(key))}; wanted a whole number, or one for each of the {layers} layers"
-    if not isinstance(facts.get("architecture"), str) or not facts["architecture"]:
-        return f"architecture is {facts.get('architecture')!r}; wanted a name"
-    if facts.get("sliding_window") is not None and not whole(facts["sliding_window"]):
-        return f"sliding_window is {facts['sliding_window']!r}; wanted a whole number or null"
-    pattern = facts.get("sliding_window_pattern")
-    if isinstance(pattern, (list, tuple)):
-        if len(pattern) != layers or any(not isinstance(item, bool) for item in pattern):
-            return f"sliding_window_pattern does not hold true or false for each of the {layers} layers"
-    elif pattern is not None and not whole(pattern):
-        return f"sliding_window_pattern is {pattern!r}; wanted a whole number, a list or null"
-    names = facts.get("layer_tensors")
-    if not isinstance(names, (list, tuple)) or any(not isinstance(name, str) for name in names):
-        return f"layer_tensors is {_show(names)}; wanted the names of the tensors that layers have"
-    if not isinstance(facts.get("tied_output"), bool):
-        return f"tied_output is {facts.get('tied_output')!r}; wanted true or false"
-    split = facts.get("split")
-    if split is not None and not (isinstance(split, Mapping) and whole(split.get("count")) and whole(split.get("no"))):
-        return f"split is {split!r}; wanted null or count and no"
-    sizes = facts.get("tensor_bytes")
-    if not isinstance(sizes, Mapping) or not all(whole(sizes.get(key)) for key in ("total", "token_embd", "output")):
-        return "tensor_bytes lacks total, token_embd or output"
-    if not wholes(sizes.get("per_layer")):
-        return f"tensor_bytes.per_layer does not hold one size for each of the {layers} layers"
+        return f"their version is {_show(facts.get('v'))}; wanted {FACTS_VERSION}"
+    layers, sizes = facts.get("n_layers"), facts.get("tensor_bytes")
+    if not isinstance(layers, int) or isinstance(layers, bool) or not 0 < layers <= MAX_LAYERS:
+        return f"n_layers is {_show(layers)}; wanted 1 to {MAX_LAYERS}"
+    if not isinstance(sizes, Mapping):
+        return f"tensor_bytes is {_show(sizes)}; wanted a JSON object"
+    given = {**facts, **{f"tensor_bytes.{key}": value for key, value in sizes.items()}}
+    for key, kind in _FACTS.items():
+        if key not in given:
+            return f"{key} is missing; wanted {kind.wanted}"
+        if not kind.sound(given[key], layers):
+            return f"{key} is {_show(given[key])}; wanted {kind.wanted}"
+    heads, kv_heads = (
+        [value] * layers if isinstance(value, int) else value for value in (facts["n_head"], facts["n_head_kv"])
+    )
+    if any(kv > most for kv, most in zip(kv_heads, heads)):
+        return f"n_head_kv is {_show(facts['n_head_kv'])}; wanted no more than n_head, {_show(facts['n_head'])}"
     if sum(sizes["per_layer"]) + sizes["token_embd"] + sizes["output"] > sizes["total"]:
         return "the parts of tensor_bytes are more than tensor_bytes.total"
     return None
@@ -671,7 +815,7 @@ def check_file(path: Path, facts: Mapping[str, Any] | None = None) -> dict[str, 
             end = header.data_start + tensor.offset + tensor.size
             if end > header.size_bytes:
                 raise ValueError(
-                    f"{part}: tensor {tensor.name!r} ends at byte {end}; "
+                    f"{part}: tensor {_show(tensor.name)} ends at byte {end}; "
                     f"the file has {header.size_bytes}: it is truncated"
                 )
     try:

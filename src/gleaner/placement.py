@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import struct
 from bisect import bisect_right
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 MAX_DEVICES = 16
 """llama_max_devices(), src/llama.cpp."""
@@ -71,33 +71,37 @@ def least_maximal_fill(slots: int, fills: Sequence[Callable[[int, int], float]])
             f"{devices} devices for {slots - 1} layers and the output; wanted at most one device a layer; "
             "cure: leave devices out"
         )
-    known = [
-        {
-            (first, last): fill(first, last)
-            for first in range(device, slots - devices + device + 1)
-            for last in range(first + 1, slots - devices + device + 2)
-            if (device or not first) and (device < devices - 1 or last == slots)
-        }
-        for device, fill in enumerate(fills)
-    ]
-    fullest = _cheapest(slots, known, max)[0]
-    bounded = [{key: fill for key, fill in table.items() if fill <= fullest} for table in known]
-    return _cheapest(slots, bounded, lambda fill, rest: fill * fill + rest)[1]
+    even = [slots * device // devices for device in range(devices + 1)]
+    bound = max(fill(first, last) for fill, first, last in zip(fills, even, even[1:]))
+    fullest = _cheapest(slots, fills, bound, max)[0]
+    return _cheapest(slots, fills, fullest, lambda fill, rest: fill * fill + rest)[1]
 
 
 def _cheapest(
-    slots: int, known: Sequence[Mapping[tuple[int, int], float]], join: Callable[[float, float], float]
+    slots: int,
+    fills: Sequence[Callable[[int, int], float]],
+    bound: float,
+    join: Callable[[float, float], float],
 ) -> tuple[float, list[int]]:
-    """The cost and the counts of the cheapest split, by dynamic programming from the last device backwards."""
+    """The cost and the counts of the cheapest split in which no device is filled more than ``bound``.
+
+    Dynamic programming from the last device backwards.
+    """
+    devices = len(fills)
     after: dict[int, tuple[float, list[int]]] = {slots: (0.0, [])}
-    for table in reversed(known):
+    for device in reversed(range(devices)):
         here: dict[int, tuple[float, list[int]]] = {}
-        for (first, last), fill in sorted(table.items()):
-            if last not in after:
-                continue
-            cost = join(fill, after[last][0])
-            if first not in here or cost <= here[first][0]:
-                here[first] = (cost, [last - first, *after[last][1]])
+        nearest = min(after)
+        for first in range(device, slots - devices + device + 1) if device else (0,):
+            for last in range(max(first + 1, nearest), slots - devices + device + 2):
+                if last not in after:
+                    continue
+                fill = fills[device](first, last)
+                if fill > bound:
+                    break
+                cost = join(fill, after[last][0])
+                if first not in here or cost <= here[first][0]:
+                    here[first] = (cost, [last - first, *after[last][1]])
         after = here
     return after[0]
 

@@ -323,7 +323,7 @@ def _split(facts: Mapping[str, Any], batch: Batch, slots: Sequence[_Slot], *, qu
     devices = [*(slot.device for slot in slots), Device()]
     limits = [slot.limit_mib * MIB for slot in slots]
     # A device without a layer has no attention to compute: what devices need is taken from a split that has some.
-    spare = int(facts["n_layers"] >= len(slots))
+    spare = int(1 < facts["n_layers"] >= len(slots))
     first = placement.slots_of_counts(placement.split_by_memory(facts["n_layers"] - spare, limits))
     first += first[-1:] * spare
     fixed = architectures.compute_bytes(*_sketched(facts, batch, first), devices)

@@ -209,7 +209,7 @@ def test_all_problems_are_found_in_one_go() -> None:
         (sites.facts(n_layers=0), "n_layers is 0"),
         (sites.facts(n_head_kv=[1, 2]), "n_head_kv is [1, 2]"),
         (sites.facts(n_embd="128"), "n_embd is '128'"),
-        (sites.facts(tensor_bytes={}), "tensor_bytes lacks total"),
+        (sites.facts(tensor_bytes={}), "tensor_bytes.total is missing"),
         (sites.facts(split={"count": 2, "no": 0}), "split GGUF"),
     ],
 )
