@@ -12,6 +12,7 @@ import json
 import os
 import re
 import resource
+import select
 import selectors
 import shutil
 import signal
@@ -34,6 +35,7 @@ HEALTH_SECONDS = {"ready": 1.0, "loading": 0.3, "down": 0.3}
 HEALTH_TIMEOUT = 3.0
 BUSY_TIMEOUT = 1.0
 BUSY_SECONDS = 0.05
+REACH_SECONDS = 0.2
 
 PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
@@ -51,7 +53,17 @@ class Task:
     log: str
     address: str
     port: int
-    router: bool
+    role: str
+    prune: dict[str, Any] | None
+
+    @property
+    def router(self) -> bool:
+        return self.role == "router"
+
+    @property
+    def answers_http(self) -> bool:
+        """Whether it has a /health; an RPC server has not, and takes a probe for its one client."""
+        return self.role != "worker"
 
     @classmethod
     def from_message(cls, value: dict[str, Any]) -> Task:
@@ -154,6 +166,59 @@ def _die_with_parent(parent: int) -> None:
         os._exit(127)
 
 
+def prune(directory: Path, limit_mib: int) -> None:
+    """Delete the files of a cache that were used longest ago, until it is no larger than its limit."""
+    found = []
+    for folder, _, names in os.walk(directory):
+        for name in names:
+            with contextlib.suppress(OSError):
+                status = os.stat(os.path.join(folder, name))
+                found.append((max(status.st_atime, status.st_mtime), status.st_size, os.path.join(folder, name)))
+    size = sum(one[1] for one in found)
+    for _, length, path in sorted(found):
+        if size <= limit_mib << 20:
+            return
+        with contextlib.suppress(OSError):
+            os.unlink(path)
+            size -= length
+            say(f"cache: removed {path} ({length >> 20} MiB): more than {limit_mib} MiB were kept")
+
+
+class Reach:
+    """Connects once to each of some places, and goes on asking while nobody listens there yet."""
+
+    def __init__(self, start: int, places: list[tuple[str, int]]) -> None:
+        self.start = start
+        self.missing = list(places)
+        self.trying: dict[socket.socket, tuple[str, int]] = {}
+        self.again_at = 0.0
+
+    def advance(self) -> bool:
+        """Go on; true when every place was reached."""
+        for sock in self._writable():
+            place = self.trying.pop(sock)
+            if sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+                self.missing.append(place)
+            sock.close()
+        now = time.monotonic()
+        if self.missing and now >= self.again_at:
+            self.again_at = now + REACH_SECONDS
+            for place in self.missing:
+                sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
+                sock.connect_ex(place)
+                self.trying[sock] = place
+            self.missing = []
+        return not self.missing and not self.trying
+
+    def _writable(self) -> list[socket.socket]:
+        return select.select([], list(self.trying), [], 0)[1] if self.trying else []
+
+    def close(self) -> None:
+        for sock in self.trying:
+            sock.close()
+        self.trying.clear()
+
+
 @dataclass
 class Process:
     """The one program of this agent, with everything that it starts (its process group)."""
@@ -184,6 +249,8 @@ class Process:
                 stderr=log,
                 env=environment,
                 start_new_session=True,
+                # SIGPIPE stays ignored, as Python has it: an RPC server would die of a client that leaves.
+                restore_signals=False,
                 preexec_fn=lambda: _die_with_parent(parent),
             )
         finally:
@@ -306,6 +373,7 @@ class Agent:
         self.measured_at = 0.0
         self.memory = (0, 0)
         self.sent: dict[str, Any] = {}
+        self.reach: Reach | None = None
         self.leaving = False
 
     def run(self) -> int:
@@ -338,6 +406,10 @@ class Agent:
         for message in messages:
             if "start" in message:
                 self._start(Task.from_message(message["start"]))
+            elif "reach" in message:
+                order = message["reach"]
+                self._give_up_reaching()
+                self.reach = Reach(order["start"], [(str(host), int(port)) for host, port in order["places"]])
             elif "watch_busy" in message:
                 self._watch_busy()
             elif "stop" in message:
@@ -354,14 +426,23 @@ class Agent:
         self.health_at, self.idle_answers = 0.0, 0
         try:
             require_free(task.address, task.port)
-            self.key = files.read_key(self.key_file)
+            if task.prune is not None:
+                prune(Path(task.prune["directory"]), int(task.prune["limit_mib"]))
+            # An RPC server knows no key: the firewall alone keeps others away from it.
+            self.key = files.read_key(self.key_file) if task.answers_http else ""
             self.process = Process.launch(task, self.key)
         except (OSError, ValueError) as error:
             say(f"cannot start {task.argv[0]}: {error}")
             self.channel.send({"refused": task.start, "why": str(error)})
 
+    def _give_up_reaching(self) -> None:
+        if self.reach is not None:
+            self.reach.close()
+            self.reach = None
+
     def _stop(self, kill_after: float) -> None:
         self._end_checks()
+        self._give_up_reaching()
         if self.process is not None:
             self.process.stop(kill_after)
 
@@ -403,10 +484,13 @@ class Agent:
 
     def _watch(self) -> None:
         now = time.monotonic()
+        if self.reach is not None and self.reach.advance():
+            self.channel.send({"reached": self.reach.start})
+            self.reach = None
         process, task = self.process, self.task
         if process is None or task is None or process.asked_to_stop:
             return
-        if self.health_probe is None and now >= self.health_at:
+        if task.answers_http and self.health_probe is None and now >= self.health_at:
             self.health_probe = Probe(self.selector, task.address, task.port, "/health", HEALTH_TIMEOUT)
         if self.health_probe is not None and self.health_probe.advance():
             status = self.health_probe.status
@@ -450,6 +534,7 @@ class Agent:
     def _kill_all(self) -> None:
         process, self.process = self.process, None
         self._end_checks()
+        self._give_up_reaching()
         if process is None:
             return
         deadline = time.monotonic() + heartbeat.SILENCE_SECONDS

@@ -17,6 +17,7 @@ from gleaner.site import Headers, KvCache, Model, Node, Problem, Site, Tier
 
 PLAN_VERSION = 1
 MODELS_DIR = "/scratch/ai/models"
+RPC_CACHE_DIR = "/scratch/ai/rpc-cache"
 
 DEFAULT_CPUS = 8
 TIMEOUT_SECONDS = 600
@@ -363,6 +364,20 @@ def head_args(site: Site, tier: Tier, split: _Split, cpus: int, ubatch_tokens: i
     return [*args, "--offline", "--no-ui", *tier.server_args]
 
 
+def _worker(tier: Tier, split: _Split, cpus: int) -> dict[str, Any]:
+    """What the RPC servers are started with; address and port are the node's and the agent adds them.
+
+    Their cache of tensors spares a return of the tier sending the weights again. It may hold those of two splits.
+    """
+    held = max(mib(use.weights) for use in split.uses[:-1])
+    return {
+        "port": site_model.RPC_PORT,
+        "args": ["--threads", str(tier.threads or cpus), "--cache"],
+        "environment": {"GGML_NO_BACKTRACE": "1"},
+        "cache": {"directory": RPC_CACHE_DIR, "limit_mib": 2 * held},
+    }
+
+
 def _split_hosts(site: Site, tier: Tier, model: Model, batch: Batch, split: _Split) -> Iterator[tuple[str, memory.Use]]:
     """Host memory of each node's part of the job.
 
@@ -564,6 +579,7 @@ def _plan_layer_split(site: Site, index: int, tier: Tier) -> tuple[dict[str, Any
         "args": head_args(site, tier, split, plan["slurm"]["cpus_per_node"], ubatch_tokens),
         "environment": {"GGML_NO_BACKTRACE": "1"},
     }
+    plan["worker"] = _worker(tier, split, plan["slurm"]["cpus_per_node"])
     plan["tensor_split"] = list(split.counts)
     plan["memory"] = rows + hosts
     plan["alternatives"] = alternatives

@@ -46,13 +46,27 @@ class PlanError(ValueError):
 
 
 @dataclass(frozen=True)
+class Worker:
+    """What a plan says of the RPC servers of a layer-split tier."""
+
+    port: int
+    arguments: tuple[str, ...]
+    environment: dict[str, str]
+    cache_directory: str
+    cache_limit_mib: int
+
+
+@dataclass(frozen=True)
 class Plan:
     """What the supervisor needs of plan v1."""
 
     tier: str
     engine: Path
     address_of: dict[str, str]
+    rpc_address_of: dict[str, str]
     numa_node_of: dict[str, int | None]
+    head: str | None
+    worker: Worker | None
     port: int
     arguments: tuple[str, ...]
     environment: dict[str, str]
@@ -66,8 +80,8 @@ class Plan:
     def load(cls, path: Path) -> Plan:
         try:
             value = files.load_config(path)
-            if value["kind"] != "router":
-                raise PlanError(f"{path}: kind: got {value['kind']!r}, want 'router'")
+            if value["kind"] not in ("router", "layer_split"):
+                raise PlanError(f"{path}: kind: got {value['kind']!r}, want 'router' or 'layer_split'")
             return cls._from(value)
         except PlanError:
             raise
@@ -78,13 +92,28 @@ class Plan:
 
     @classmethod
     def _from(cls, value: dict[str, Any]) -> Plan:
-        server = value["server"]
+        server, worker = value["server"], None
+        head = next((name for name, node in value["nodes"].items() if node.get("role") == "head"), None)
+        if value["kind"] == "layer_split":
+            given = value["worker"]
+            worker = Worker(
+                port=int(given["port"]),
+                arguments=tuple(str(argument) for argument in given["args"]),
+                environment={name: str(text) for name, text in given["environment"].items()},
+                cache_directory=str(given["cache"]["directory"]),
+                cache_limit_mib=int(given["cache"]["limit_mib"]),
+            )
+            if head is None:
+                raise KeyError("a node with the role head")
         return cls(
             tier=str(value["tier"]),
             # The link may move to a newer build meanwhile: a server that is started again is the same one.
             engine=Path(value["engine"]["prefix"]).resolve(),
             address_of={name: str(node["address"]) for name, node in value["nodes"].items()},
+            rpc_address_of={name: str(node["rpc_address"]) for name, node in value["nodes"].items()},
             numa_node_of={name: node["numa_node"] for name, node in value["nodes"].items()},
+            head=head,
+            worker=worker,
             port=int(server["node_port"]),
             arguments=tuple(str(argument) for argument in server["args"]),
             environment={name: str(text) for name, text in server["environment"].items()},
@@ -123,6 +152,12 @@ class JobEnvironment:
                 f"SLURM_JOB_NODELIST: got {','.join(foreign)}, the plan has {','.join(plan.address_of)}: "
                 "submit the tier's own script, or run playbooks/tiers.yml"
             )
+        missing = sorted(set(plan.address_of) - set(nodes)) if plan.worker is not None else []
+        if missing:
+            raise PlanError(
+                f"SLURM_JOB_NODELIST: got {','.join(nodes)}, the plan has {','.join(plan.address_of)} and needs all: "
+                "submit the tier's own script, or run playbooks/tiers.yml"
+            )
         return cls(job=job, restart=restart, node=heartbeat.node_name(), nodes=nodes)
 
 
@@ -130,6 +165,7 @@ class Phase(enum.Enum):
     """Where the supervisor is on its one way from start to exit."""
 
     GATHERING = "waiting for agents"
+    WORKERS = "starting workers"
     LOADING = "loading"
     SERVING = "serving"
     PAUSING = "waiting before a restart"
@@ -143,12 +179,16 @@ class Supervisor:
 
     def __init__(self, plan: Plan, where: JobEnvironment, registry: Path, logs: Path) -> None:
         self.plan, self.where, self.logs = plan, where, logs
-        self.home = where.nodes[0]
+        # Where llama-server runs: the plan's head, or the one node of a router tier.
+        self.home = plan.head or where.nodes[0]
         self.publisher = record.Publisher(registry)
         self.selector = selectors.DefaultSelector()
         self.signals = heartbeat.Signals(signal.SIGTERM, signal.SIGINT, signal.SIGCHLD)
         self.selector.register(self.signals.socket, selectors.EVENT_READ)
-        self.listener = heartbeat.listen(plan.address_of.get(where.node, plan.address_of[self.home]))
+        # The agents of a layer-split tier beat over the network that its weights and activations take: a cut there
+        # is one of the tier, and nothing else would tell of it.
+        addresses = plan.address_of if plan.worker is None else plan.rpc_address_of
+        self.listener = heartbeat.listen(addresses.get(where.node, addresses[self.home]))
         self.selector.register(self.listener, selectors.EVENT_READ)
         self.token = secrets.token_hex(32)
         self.strangers: list[heartbeat.Channel] = []
@@ -158,9 +198,10 @@ class Supervisor:
         self.deadline = time.monotonic() + AGENTS_SECONDS
         self.start = 0
         self.deaths: list[float] = []
-        self.ending = False
+        # Nodes whose process of the last start is not known to be gone: their ports and GPUs are not free.
+        self.ending: set[str] = set()
         self.good_at = 0.0
-        self.moving_at = 0.0
+        self.moving_at: dict[str, float] = {}
         self.beat_at = 0.0
         self.cause: Cause | None = None
         self.exit = Exit.STOPPED
@@ -193,29 +234,36 @@ class Supervisor:
         elif self.phase is Phase.GATHERING and now >= self.deadline:
             missing = sorted(set(self.where.nodes) - set(self.agents))
             self._fail(Exit.START_FAILED, f"no agent from {','.join(missing)} within {AGENTS_SECONDS:g} s")
-        elif self.phase is Phase.LOADING and now >= self.deadline:
+        elif self.phase in (Phase.WORKERS, Phase.LOADING) and now >= self.deadline:
+            what = "no worker could be reached" if self.phase is Phase.WORKERS else "/health was not good"
             self._fail(
                 Exit.LOAD_TIMEOUT,
-                f"/health was not good within load_timeout_seconds={self.plan.load_timeout_seconds:g}: "
-                f"see {self.logs / 'router.log'}",
+                f"{what} within load_timeout_seconds={self.plan.load_timeout_seconds:g}: see {self._log_of(self.home)}",
             )
-        elif self.phase is Phase.SERVING:
-            frozen, unhealthy = now - self.moving_at, now - self.good_at
-            if frozen > FROZEN_SECONDS or unhealthy > UNHEALTHY_SECONDS:
-                what = f"stopped for {frozen:.0f} s" if frozen > FROZEN_SECONDS else f"sick for {unhealthy:.0f} s"
-                self._withdraw()
-                self._pause(f"server is {what}: killing it")
-                self._tell(self.home, {"stop": 0})
+        elif self.phase in (Phase.WORKERS, Phase.LOADING, Phase.SERVING):
+            self._look_for_the_stuck(now)
         elif self.phase is Phase.PAUSING and now >= self.deadline and not self.ending:
-            self._start_server()
+            self._start_tier()
         elif self.phase is Phase.PAUSING and now >= self.deadline + UNKILLABLE_SECONDS:
-            self._fail(Exit.SERVER_FAILED, f"server is not gone {UNKILLABLE_SECONDS:g} s after KILL")
+            stuck = ",".join(sorted(self.ending))
+            self._fail(Exit.SERVER_FAILED, f"process on {stuck} is not gone {UNKILLABLE_SECONDS:g} s after KILL")
         elif self.phase is Phase.DRAINING and now >= self.deadline:
             say(f"drain: {self.plan.drain_seconds:g} s are over, ending what is in flight")
             # llama-server with a stream in flight does not end on TERM.
             self._stop(0.0)
         elif self.phase is Phase.STOPPING and now >= self.deadline:
             self.phase = Phase.LEAVING
+
+    def _look_for_the_stuck(self, now: float) -> None:
+        """A process that is stopped, or a server that was ready and is not for long: all of the tier is taken down."""
+        for node in sorted(self.ending):
+            frozen = now - self.moving_at.get(node, now)
+            if frozen > FROZEN_SECONDS:
+                self._take_down(f"{self._role(node)} on {node} is stopped for {frozen:.0f} s")
+                return
+        unhealthy = now - self.good_at
+        if self.phase is Phase.SERVING and unhealthy > UNHEALTHY_SECONDS:
+            self._take_down(f"server is sick for {unhealthy:.0f} s")
 
     # Agents
 
@@ -298,7 +346,7 @@ class Supervisor:
             for message in messages[1:]:
                 self._heard(node, message)
             if self.phase is Phase.GATHERING and set(self.agents) == set(self.where.nodes):
-                self._start_server()
+                self._start_tier()
 
     def _hear_agents(self) -> None:
         for node, channel in list(self.agents.items()):
@@ -339,18 +387,23 @@ class Supervisor:
         if "beat" in message:
             self._beat(node, message["beat"])
         elif message.get("exited") == self.start:
-            self._exited(int(message["code"]))
+            self._exited(node, int(message["code"]))
+        elif message.get("reached") == self.start:
+            if self.phase is Phase.WORKERS:
+                self._start_server()
         elif "refused" in message:
             self._fail(Exit.START_FAILED, f"agent on {node}: {message['why']}")
         elif "signal" in message:
             self._told_to_stop(f"signal to the agent on {node}")
 
     def _beat(self, node: str, beat: dict[str, Any]) -> None:
-        if node != self.home or beat.get("start") != self.start:
+        if beat.get("start") != self.start:
             return
         now = time.monotonic()
         if beat["state"] != "stopped":
-            self.moving_at = now
+            self.moving_at[node] = now
+        if node != self.home:
+            return
         if beat["health"] == "ready":
             self.good_at = now
             if self.phase is Phase.LOADING:
@@ -361,25 +414,63 @@ class Supervisor:
             say("drain: nothing in flight")
             self._stop()
 
-    # The server's life
+    # The life of what the agents start
+
+    def _role(self, node: str) -> str:
+        return "server" if node == self.home else "worker"
+
+    def _log_of(self, node: str) -> Path:
+        if self.plan.worker is None:
+            return self.logs / "router.log"
+        return self.logs / ("head.log" if node == self.home else f"rpc-{node}.log")
+
+    def _start_tier(self) -> None:
+        """Start everything anew: the workers of a layer-split tier first, since its head leaves without them."""
+        self.start += 1
+        self.moving_at.clear()
+        self.deadline = time.monotonic() + self.plan.load_timeout_seconds
+        if self.plan.worker is None:
+            self._start_server()
+            return
+        self.phase = Phase.WORKERS
+        workers = [node for node in self.where.nodes if node != self.home]
+        for node in workers:
+            self._start_worker(node, self.plan.worker)
+        # A worker serves one client at a time, and a probe is one: the only look at its port is before the head comes.
+        places = [[self.plan.rpc_address_of[node], self.plan.worker.port] for node in workers]
+        self._tell(self.home, {"reach": {"start": self.start, "places": places}})
+
+    def _start_worker(self, node: str, worker: Worker) -> None:
+        address = self.plan.rpc_address_of[node]
+        program = self.plan.engine / "bin" / "ggml-rpc-server"
+        self._start_on(
+            node,
+            role="worker",
+            argv=[str(program), "--host", address, "--port", str(worker.port), *worker.arguments],
+            environment={**worker.environment, "LLAMA_CACHE": worker.cache_directory},
+            address=address,
+            port=worker.port,
+            prune={"directory": worker.cache_directory, "limit_mib": worker.cache_limit_mib},
+        )
 
     def _start_server(self) -> None:
-        self.start += 1
         self.phase = Phase.LOADING
-        self.deadline = time.monotonic() + self.plan.load_timeout_seconds
         address = self.plan.address_of[self.home]
         program = self.plan.engine / "bin" / "llama-server"
-        task = {
-            "start": self.start,
-            "argv": [str(program), *self.plan.arguments, "--host", address, "--port", str(self.plan.port)],
-            "environment": self.plan.environment,
-            "numa_node": self.plan.numa_node_of[self.home],
-            "log": str(self.logs / "router.log"),
-            "address": address,
-            "port": self.plan.port,
-            "router": True,
-        }
-        self._tell(self.home, {"start": task})
+        self._start_on(
+            self.home,
+            role="router" if self.plan.worker is None else "head",
+            argv=[str(program), *self.plan.arguments, "--host", address, "--port", str(self.plan.port)],
+            environment=self.plan.environment,
+            address=address,
+            port=self.plan.port,
+            prune=None,
+        )
+
+    def _start_on(self, node: str, **task: Any) -> None:
+        self.ending.add(node)
+        more = {"start": self.start, "numa_node": self.plan.numa_node_of[node], "log": str(self._log_of(node))}
+        self._tell(node, {"start": {**task, **more}})
 
     def _ready(self) -> None:
         self.phase = Phase.SERVING
@@ -397,32 +488,34 @@ class Supervisor:
             )
         )
 
-    def _exited(self, code: int) -> None:
-        if self.phase is Phase.PAUSING:
-            self.ending = False
-        elif self.phase in (Phase.LOADING, Phase.SERVING):
-            self._withdraw()
-            self._pause(f"server ended with {code}")
-            self.ending = False
+    def _exited(self, node: str, code: int) -> None:
+        self.ending.discard(node)
+        if self.phase in (Phase.WORKERS, Phase.LOADING, Phase.SERVING):
+            self._take_down(f"{self._role(node)} on {node} ended with {code}")
         elif self.phase is Phase.DRAINING:
-            say(f"drain: server ended with {code}")
+            say(f"drain: {self._role(node)} on {node} ended with {code}")
             self._stop()
 
+    def _take_down(self, why: str) -> None:
+        """Half a tier is never served: withdraw, kill what is left of it on every node, and start it anew later."""
+        self._withdraw()
+        self._pause(why)
+        if self.phase is Phase.PAUSING:
+            self._tell_all({"stop": 0})
+
     def _pause(self, why: str) -> None:
-        """Wait, longer each time, before the server is started again; fail when it dies too often."""
+        """Wait, longer each time, before the tier is started again; fail when it dies too often."""
         now = time.monotonic()
         self.deaths = [at for at in self.deaths if now - at < RESTART_WINDOW_SECONDS] + [now]
         if len(self.deaths) > len(RESTART_PAUSES):
             self._fail(
                 Exit.SERVER_FAILED,
-                f"{why}; {len(self.deaths)} times in {RESTART_WINDOW_SECONDS:g} s: see {self.logs / 'router.log'}",
+                f"{why}; {len(self.deaths)} times in {RESTART_WINDOW_SECONDS:g} s: see {self._log_of(self.home)}",
             )
             return
         pause = RESTART_PAUSES[len(self.deaths) - 1]
         say(f"{why}; starting it again in {pause:g} s")
         self.phase, self.deadline = Phase.PAUSING, now + pause
-        # Until the old one is known to be gone, the port and the GPU are not free.
-        self.ending = True
 
     def _withdraw(self) -> None:
         if not self.publisher.withdraw(WITHDRAW_SECONDS):

@@ -35,7 +35,9 @@ if [ -e "$FAKE_SLURM/$name.fails" ]; then cat "$FAKE_SLURM/$name.fails" >&2; exi
 case "$name" in
 srun)
     while [ "${1#--}" != "$1" ]; do shift; done
-    exec "$@" ;;
+    if [ -z "$FAKE_NODES" ]; then exec "$@"; fi
+    for node in $FAKE_NODES; do SLURMD_NODENAME=$node "$@" & done
+    wait ;;
 scontrol)
     if [ "$1" = show ]; then cat "$FAKE_SLURM/job" || exit 1; fi
     if [ "$1" = requeue ]; then sed -i 's/PreemptTime=[^ ]*/PreemptTime=None/' "$FAKE_SLURM/job"; fi ;;
@@ -86,6 +88,25 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(b"%x\\r\\n%s\\r\\n0\\r\\n\\r\\n" % (len(body), body))
 http.server.ThreadingHTTPServer((arguments["--host"], int(arguments["--port"])), Handler).serve_forever()
+"""
+
+# An RPC server: one client at a time, and nothing is said.
+RPC_SERVER = """#!/usr/bin/python3
+import json, os, socket, sys, time
+control = os.environ["FAKE_SERVER"]
+arguments = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+host = arguments["--host"]
+if os.path.exists(os.path.join(control, "deaf-" + host)):
+    time.sleep(1000)
+listener = socket.create_server((host, int(arguments["--port"])))
+with open(os.path.join(control, "workers"), "a") as stream:
+    line = {"pid": os.getpid(), "argv": sys.argv, "environment": dict(os.environ)}
+    stream.write(json.dumps(line) + "\\n")
+while True:
+    client, _ = listener.accept()
+    with open(os.path.join(control, "probes"), "a") as stream:
+        stream.write(host + "\\n")
+    client.close()
 """
 
 # What the jobs of these tests are made from.
@@ -169,6 +190,7 @@ class Home:
         for command in ("srun", "scontrol", "squeue", "sbatch", "scancel", "sacct"):
             self.program(self.bin / command, SLURM)
         self.program(self.engine / "llama-server", SERVER)
+        self.program(self.engine / "ggml-rpc-server", RPC_SERVER)
         self.pyz = build(self.root)
         self.port = free_port()
         self.set(self.slurm / "job", job_text())
@@ -205,8 +227,16 @@ class Home:
     @property
     def started(self) -> list[dict[str, Any]]:
         """What each start of the fake server saw."""
+        return self._starts("started")
+
+    @property
+    def workers(self) -> list[dict[str, Any]]:
+        """What each start of a fake RPC server saw."""
+        return self._starts("workers")
+
+    def _starts(self, name: str) -> list[dict[str, Any]]:
         try:
-            return [json.loads(line) for line in (self.server / "started").read_text().splitlines()]
+            return [json.loads(line) for line in (self.server / name).read_text().splitlines()]
         except FileNotFoundError:
             return []
 
@@ -245,7 +275,7 @@ class Home:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(child.pid, signal.SIGKILL)
             child.wait(10)
-        for start in self.started:
+        for start in [*self.started, *self.workers]:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(start["pid"], signal.SIGKILL)
         shutil.rmtree(self.root)

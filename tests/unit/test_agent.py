@@ -34,7 +34,8 @@ def task(place: Home, **more: object) -> agent.Task:
         "log": str(place.root / "router.log"),
         "address": "127.0.0.1",
         "port": place.port,
-        "router": True,
+        "role": "router",
+        "prune": None,
         **more,
     }
     return agent.Task.from_message(value)

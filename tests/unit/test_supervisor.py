@@ -166,7 +166,7 @@ def test_server_that_keeps_dying_fails_the_job(
     assert len(place.started) == 4
     told = capfd.readouterr().err
     assert "starting it again in 0.2 s" in told
-    assert "server ended with 7; 4 times" in told
+    assert "server on vasp-02 ended with 7; 4 times" in told
 
 
 def test_preempted_idle_yields_at_once(place: Home) -> None:
@@ -391,11 +391,12 @@ def test_registry_gone_does_not_stop_the_server(place: Home) -> None:
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ({"kind": "layer_split"}, "kind: got 'layer_split'"),
+        ({"kind": "odd"}, "kind: got 'odd'"),
+        ({"kind": "layer_split"}, "not a plan of this version (KeyError('worker'))"),
         ({"v": 2}, "v: got 2, want 1"),
         ({"server": {}}, "not a plan of this version"),
         (
-            {"nodes": {"vasp-09": {"address": "127.0.0.1", "numa_node": None}}},
+            {"nodes": {"vasp-09": {"address": "127.0.0.1", "rpc_address": "127.0.0.1", "numa_node": None}}},
             "SLURM_JOB_NODELIST: got vasp-02",
         ),
     ],
