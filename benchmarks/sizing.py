@@ -96,7 +96,15 @@ class Result:
     totals: list[float] = field(default_factory=list)
     loads: int = 0
     host: list[tuple[str, float, float]] = field(default_factory=list)
-    wrong: list[str] = field(default_factory=list)
+    wrong: dict[str, list[str]] = field(
+        default_factory=lambda: {
+            kind: [] for kind in ("runs", "placement", "kv", "compute", "weights", "total", "host")
+        }
+    )
+
+    @property
+    def differences(self) -> list[str]:
+        return [line for lines in self.wrong.values() for line in lines]
 
 
 def shapes(folder: Path) -> list[str]:
@@ -291,14 +299,14 @@ def send(ssh: Sequence[str], folder: Path) -> None:
 def compare(case: Case, facts: Mapping[str, Any], found: Mapping[str, Any], result: Result) -> None:
     """Compare one run with the plan; what differs is put into words."""
     if "failed" in found:
-        result.wrong.append(f"{case}: {found['failed']}")
+        result.wrong["runs"].append(f"{case}: {found['failed']}")
         return
     layers = facts["n_layers"]
     if case.shares:
         result.splits += 1
         wanted = placement.device_of_each_layer(layers, case.shares)
         if found["layers"] != wanted:
-            result.wrong.append(f"{case}: llama.cpp places {found['layers']}, the planner {wanted}")
+            result.wrong["placement"].append(f"{case}: llama.cpp places {found['layers']}, the planner {wanted}")
             return
     uses = case.planned(facts)
     named = dict(zip([*(f"rpc{index}" for index in range(len(case.shares))), "cpu"], uses))
@@ -306,23 +314,33 @@ def compare(case: Case, facts: Mapping[str, Any], found: Mapping[str, Any], resu
     kv = sum(use.kv for use in uses) / MIB
     result.kv += 1
     if abs(kv - found["kv_mib"]) > 2 * ROUNDING_MIB:
-        result.wrong.append(f"{case}: KV cache of {found['kv_mib']:.2f} MiB, planned {kv:.2f}")
+        result.wrong["kv"].append(f"{case}: KV cache of {found['kv_mib']:.2f} MiB, planned {kv:.2f}")
     if case.real:
         compare_load(case, facts, named, found, result)
-    elif found["breakdown"]:
-        for (name, use), (weights, context, compute) in zip(named.items(), found["breakdown"]):
-            # Whole MiB, cut off: each may be almost one more.
-            within_weights(case, name, use.weights / MIB, weights, 1.0, result)
-            within_total(case, name, use, weights + context + compute, result)
+        return
+    if len(found["breakdown"]) != len(named):
+        result.wrong["runs"].append(f"{case}: {len(found['breakdown'])} devices were told of; wanted {len(named)}")
+    for (name, use), (weights, context, compute) in zip(named.items(), found["breakdown"]):
+        # Whole MiB, cut off: each may be almost one more.
+        if not context - ROUNDING_MIB <= use.kv / MIB < context + 1 + ROUNDING_MIB:
+            result.wrong["kv"].append(f"{case}: KV cache of {name} is {context} MiB, planned {use.kv / MIB:.2f}")
+        within_weights(case, name, use.weights / MIB, weights, 1.0, result)
+        within_total(case, name, use, weights + context + compute, result)
 
 
 def compare_compute(case: Case, named: Mapping[str, memory.Use], real: Mapping[str, float], result: Result) -> None:
-    for name, mib in real.items():
-        planned = named[name].compute / MIB
+    for name, use in named.items():
+        planned = use.compute / MIB
+        if name not in real:
+            # A buffer of less than the log can show has no line.
+            if planned > ROUNDING_MIB:
+                result.wrong["compute"].append(f"{case}: no compute buffer of {name} was told, planned {planned:.2f}")
+            continue
+        mib = real[name]
         if mib >= 1:
             result.compute.append(planned / mib)
         if not COMPUTE_BAR[0] * (mib - ROUNDING_MIB) <= planned <= COMPUTE_BAR[1] * (mib + ROUNDING_MIB):
-            result.wrong.append(f"{case}: compute buffer of {name} is {mib:.2f} MiB, planned {planned:.2f}")
+            result.wrong["compute"].append(f"{case}: compute buffer of {name} is {mib:.2f} MiB, planned {planned:.2f}")
 
 
 def within_weights(case: Case, name: str, planned: float, real: float, rounding: float, result: Result) -> None:
@@ -331,7 +349,7 @@ def within_weights(case: Case, name: str, planned: float, real: float, rounding:
     if real >= 200 * rounding:
         result.weights.append(planned / real)
     if not (1 - WEIGHTS_BAR) * real - rounding <= planned <= (1 + WEIGHTS_BAR) * (real + rounding):
-        result.wrong.append(f"{case}: weights of {name} are {real:.2f} MiB, planned {planned:.2f}")
+        result.wrong["weights"].append(f"{case}: weights of {name} are {real:.2f} MiB, planned {planned:.2f}")
 
 
 def within_total(case: Case, name: str, use: memory.Use, real: float, result: Result) -> None:
@@ -339,7 +357,7 @@ def within_total(case: Case, name: str, use: memory.Use, real: float, result: Re
     if real >= 200:
         result.totals.append(planned / real)
     if planned < real - 3 * ROUNDING_MIB:
-        result.wrong.append(f"{case}: {name} takes {real:.2f} MiB in all, planned {planned:.2f}")
+        result.wrong["total"].append(f"{case}: {name} takes {real:.2f} MiB in all, planned {planned:.2f}")
 
 
 def compare_load(
@@ -353,7 +371,7 @@ def compare_load(
         within_weights(case, name, use.weights / MIB, real["model"], ROUNDING_MIB, result)
         within_total(case, name, use, sum(real.values()), result)
         if abs(use.kv / MIB - real["KV"]) > 2 * ROUNDING_MIB:
-            result.wrong.append(f"{case}: KV cache of {name} is {real['KV']:.2f} MiB, planned {use.kv / MIB:.2f}")
+            result.wrong["kv"].append(f"{case}: KV cache of {name} is {real['KV']:.2f} MiB, planned {use.kv / MIB:.2f}")
     server = memory.server_bytes(facts, case.batch, cuda=False) + named["cpu"].total
     if case.shares:
         server += memory.staging_bytes(facts)
@@ -363,7 +381,9 @@ def compare_load(
     for name, peak in sorted(found["peak_mib"].items()):
         result.host.append((f"{case.model}, {name}", peak, wanted[name] / MIB))
         if peak > wanted[name] / MIB:
-            result.wrong.append(f"{case}: {name} took {peak:.0f} MiB of the host, planned {wanted[name] / MIB:.0f}")
+            result.wrong["host"].append(
+                f"{case}: {name} took {peak:.0f} MiB of the host, planned {wanted[name] / MIB:.0f}"
+            )
 
 
 def range_of(values: Sequence[float]) -> str:
@@ -372,12 +392,37 @@ def range_of(values: Sequence[float]) -> str:
 
 
 def rows(result: Result) -> Iterable[tuple[str, str, str, str]]:
-    said = "met" if not result.wrong else f"{len(result.wrong)} differences"
-    yield "layers on the device that llama.cpp's log names", f"{result.splits} splits", "all equal", said
-    yield "KV cache", f"{result.kv} contexts", "exact to the printed digit", said
-    yield "compute buffers, planned of real", f"{len(result.compute)} buffers", range_of(result.compute), "99 to 107 %"
-    yield "weights of a device, planned of real", f"{len(result.weights)} devices", range_of(result.weights), "± 1 %"
-    yield "all of a device, planned of real", f"{len(result.totals)} devices", range_of(result.totals), "never under"
+    def verdict(*kinds: str) -> str:
+        count = sum(len(result.wrong[kind]) for kind in (*kinds, "runs"))
+        return "met" if not count else f"missed: {count} differences"
+
+    loads = f"{result.loads} of them loaded for real"
+    yield (
+        "layers on the device that llama.cpp's log names",
+        f"{result.splits} splits",
+        "all equal",
+        verdict("placement"),
+    )
+    yield "KV cache", f"{result.kv} contexts, {loads}", "exact to the printed digit", verdict("kv")
+    yield (
+        "compute buffers",
+        f"{len(result.compute)} buffers",
+        f"99 to 107 %: {range_of(result.compute)}",
+        verdict("compute"),
+    )
+    yield (
+        "weights of a device",
+        f"{len(result.weights)} devices",
+        f"± 1 %: {range_of(result.weights)}",
+        verdict("weights"),
+    )
+    yield (
+        "all of a device",
+        f"{len(result.totals)} devices",
+        f"never under: {range_of(result.totals)}",
+        verdict("total"),
+    )
+    yield "host memory of a process", f"{len(result.host)} processes", "never under", verdict("host")
 
 
 def run(here: lab.Lab, *, quick: bool) -> Result:
@@ -405,7 +450,7 @@ def body(result: Result, job: sizing_job.Figures) -> str:
     return "\n\n".join(
         [
             report.facts(lab.machine()),
-            report.table(("what", "compared", "planned against real", "bar"), rows(result)),
+            report.table(("what", "compared", "bar, and planned of real", ""), rows(result)),
             "Host memory of each process after a prompt of about the whole context, in MiB:",
             report.table(("model and process", "peak", "planned"), host),
             job.text(),
@@ -419,16 +464,16 @@ def main() -> int:
     arguments = parser.parse_args()
     here = lab.lab_from_environment()
     result = run(here, quick=arguments.quick)
-    for line in result.wrong:
+    for line in result.differences:
         print(line, file=sys.stderr)
     for row in rows(result):
         print("; ".join(row))
     if arguments.quick:
-        return int(bool(result.wrong))
+        return int(bool(result.differences))
     job = sizing_job.run(here)
     print(job.text())
     report.write("sizing", body(result, job), DOCUMENT)
-    return int(bool(result.wrong) or not job.bar_met)
+    return int(bool(result.differences) or not job.bar_met)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,8 @@
 """Runs llama.cpp's programs on a lab host for `benchmarks.sizing`, and says what they say of memory.
 
-Reads one JSON object from standard input: ``bin``, the folder of the programs, ``rpc``, how many RPC servers to
-start on the loopback address, and ``runs``, each with an ``id``, a ``program`` and its ``arguments``, where ``RPC``
-stands for the endpoints of the first ``devices`` servers. Writes one line of JSON for each run. Standard library
-only: it runs where the engine is, under the host's own Python.
+Reads one JSON object from standard input: ``bin``, the folder of the programs, and ``runs``, each with an ``id``, a
+``program``, how many RPC servers are its ``devices``, and its ``arguments``, where ``RPC`` stands for their endpoints.
+Writes one line of JSON for each run. Standard library only: it runs where the engine is, under the host's own Python.
 """
 
 from __future__ import annotations
@@ -24,6 +23,7 @@ from typing import Any
 
 READY_SECONDS = 120
 ANSWER_SECONDS = 900
+TRIES = 10
 BUFFER = re.compile(r"(\S+) +(model|KV|compute|output) buffer size = +([\d.]+) MiB")
 LAYER = re.compile(r"load_tensors: layer +\d+ assigned to device (\w+),")
 CACHE = re.compile(r"llama_kv_cache: size = +([\d.]+) MiB")
@@ -59,8 +59,12 @@ def peak_mib(process: subprocess.Popen[Any]) -> float:
 
 
 def fit_params(program: str, arguments: list[str], ports: list[int]) -> dict[str, Any]:
-    done = subprocess.run([program, *arguments, "-lv", "5"], check=False, capture_output=True, text=True)
-    found = said(done.stdout + done.stderr, ports)
+    for _ in range(TRIES):
+        done = subprocess.run([program, *arguments, "-lv", "5"], check=False, capture_output=True, text=True)
+        found = said(done.stdout + done.stderr, ports)
+        # It may end before its log is written whole.
+        if "cpu" in found["buffers"]["compute"] and len(found["breakdown"]) == len(ports) + 1:
+            break
     if done.returncode:
         found["failed"] = (done.stdout + done.stderr)[-2000:]
     return found

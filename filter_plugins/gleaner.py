@@ -35,19 +35,25 @@ def site_nodes(names: Iterable[str], hostvars: Mapping[str, Any]) -> dict[str, d
     }
 
 
+def _problem(problem: site.Problem) -> dict[str, str]:
+    return {
+        "variable": problem.variable,
+        "got": problem.got,
+        "wanted": problem.wanted,
+        "cure": problem.cure,
+        "text": str(problem),
+    }
+
+
 def site_problems(value: Mapping[str, Any]) -> list[dict[str, str]]:
     whole = _plain(value)
-    found = plan.problems(whole, site.read_headers(whole))
-    return [
-        {
-            "variable": problem.variable,
-            "got": problem.got,
-            "wanted": problem.wanted,
-            "cure": problem.cure,
-            "text": str(problem),
-        }
-        for problem in found
-    ]
+    return [_problem(problem) for problem in plan.problems(whole, site.read_headers(whole))]
+
+
+def site_examined(value: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    whole = _plain(value)
+    found, plans = plan.examine(whole, site.read_headers(whole))
+    return {"problems": [_problem(problem) for problem in found], "plans": plans}
 
 
 def tier_plan(value: Mapping[str, Any], tier: str) -> dict[str, Any]:
@@ -111,6 +117,7 @@ class FilterModule:
         return {
             "node_models": node_models,
             "plan_table": plan_table,
+            "site_examined": site_examined,
             "site_nodes": site_nodes,
             "site_plans": site_plans,
             "site_problems": site_problems,

@@ -178,10 +178,14 @@ def prune(directory: Path, limit_mib: int) -> None:
     for _, length, path in sorted(found):
         if size <= limit_mib << 20:
             return
-        with contextlib.suppress(OSError):
+        try:
             os.unlink(path)
-            size -= length
-            say(f"cache: removed {path} ({length >> 20} MiB): more than {limit_mib} MiB were kept")
+        except FileNotFoundError:
+            pass  # another one prunes here, too
+        except OSError as error:
+            say(f"cache: {path} cannot be removed: {error.strerror}")
+            continue
+        size -= length
 
 
 class Reach:

@@ -32,8 +32,9 @@ CUDA_PROCESS_BYTES = 2048 * MIB
 JOB_BYTES = 128 * MIB
 # llama-server keeps up to this many copies of a sliding window's cells for each slot, in host memory.
 CONTEXT_CHECKPOINTS = 32
-# GGUF file types whose matrices are not quantised (llama_ftype: F32, F16).
+# GGUF file types whose matrices are not quantised (llama_ftype: F32, F16), and the one that Volta cannot compute.
 UNQUANTISED = (0, 1)
+BF16 = 32
 
 
 def mib(size: float) -> int:
@@ -102,20 +103,22 @@ def _other_weights(facts: Mapping[str, Any]) -> int:
 def cuda_pool_bytes(facts: Mapping[str, Any], batch: Batch) -> int:
     """Temporaries of the greediest operation on a V100 (ggml_cuda_mul_mat_cublas_impl, ggml-cuda.cu).
 
-    cuBLAS gets a quantised matrix unpacked to f16, without flash attention all of a layer's K in f32 and the
-    softmax of its scores in f16. Products of Volta are f32 and go to their place without a copy.
+    cuBLAS gets a quantised matrix unpacked to f16 and one in bf16, which Volta cannot compute, in f32; without flash
+    attention it gets all of a layer's K in f32 and the softmax of its scores in f16. Products of Volta are f32 and go
+    to their place without a copy.
     """
     layers, tokens = facts["n_layers"], batch.tokens
     heads = max(architectures.per_layer(facts["n_head"], layers))
     kv_heads = max(architectures.per_layer(facts["n_head_kv"], layers))
     n_ff, n_embd = max(architectures.per_layer(facts["n_ff"], layers)), facts["n_embd"]
-    cells = batch.cells * batch.parallel
+    item = 4 if facts["file_type"] == BF16 else 2
+    unpacked = 0 if facts["file_type"] in UNQUANTISED else item
     needs = [0]
-    if tokens >= CUDA_CUBLAS_ROWS:
-        unpacked = 0 if facts["file_type"] in UNQUANTISED else 2 * n_embd * n_ff
-        needs.append(unpacked + 2 * tokens * max(n_ff, n_embd))
+    for rows, height in ((tokens, n_ff), (min(batch.parallel, tokens), facts["n_vocab"])):
+        if rows >= CUDA_CUBLAS_ROWS or facts["file_type"] == BF16:
+            needs.append(unpacked * n_embd * height + item * rows * max(n_ff, n_embd))
     if not batch.flash_attention:
-        needs.append(4 * cells * kv_heads * facts["head_dim_k"])
+        needs.append(4 * batch.cells * batch.parallel * kv_heads * facts["head_dim_k"])
         needs.append(2 * batch.cells * tokens * heads)
     return _pad(max(needs), CUDA_POOL_STEP)
 

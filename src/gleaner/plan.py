@@ -13,7 +13,7 @@ from gleaner import architectures, memory, placement, rules
 from gleaner import site as site_model
 from gleaner.architectures import Batch, Device
 from gleaner.memory import MIB, mib
-from gleaner.site import Headers, KvCache, Model, Node, Problem, Site, Tier
+from gleaner.site import Gpu, Headers, KvCache, Model, Node, Problem, Site, Tier
 
 PLAN_VERSION = 1
 MODELS_DIR = "/scratch/ai/models"
@@ -147,7 +147,10 @@ def _router_rows(site: Site, tier: Tier, loaded: Sequence[_Loaded]) -> Iterator[
     for name in tier.nodes:
         node = site.nodes[name]
         if cuda:
-            yield name, _row(f"{name} gpu0", "all", _sum(one.device for one in heaviest), node.gpus[0].free_mib)
+            yield (
+                name,
+                _row(f"{name} gpu0", "all", _sum(one.device for one in heaviest), _given_gpus(node, tier)[0].free_mib),
+            )
         yield name, _row(f"{name} host", "" if cuda else "all", host, node.memory_mib)
 
 
@@ -157,25 +160,40 @@ def _router_host(tier: Tier, loaded: Sequence[_Loaded]) -> memory.Use:
     return _sum([memory.Use(0, 0, 0, memory.SERVER_BYTES + memory.JOB_BYTES), *(one.host for one in largest)])
 
 
+def _router_fits(site: Site, tier: Tier, loaded: Sequence[_Loaded]) -> bool:
+    """Whether ``models_max`` models at their worst fit the GPU of each node."""
+    totals = sorted((mib(one.device.total) for one in loaded), reverse=True)[: tier.models_max]
+    limits = [_given_gpus(site.nodes[name], tier)[0].free_mib for name in tier.nodes]
+    return sum(totals) <= min(limits)
+
+
 def _router_problems(site: Site, index: int, tier: Tier, loaded: Sequence[_Loaded], mem_mib: int) -> Iterator[Problem]:
-    """Refuses a model that does not fit alone, and ``models_max`` models that do not fit together."""
+    """Refuses a model that does not fit alone, and ``models_max`` models that do not fit together.
+
+    Nodes with the same limit share their problem.
+    """
     variable = f"tiers[{index}]"
     uses = sorted(loaded, key=lambda one: (-one.device.total, one.model))
+    limits: dict[tuple[str, int], list[str]] = {}
     for name in tier.nodes:
         node = site.nodes[name]
         if site.engine.backend == "cuda":
-            yield from _gpu_problems(site, variable, tier, name, uses, node.gpus[0].free_mib)
-        if mem_mib > node.memory_mib:
+            limits.setdefault(("gpu", _given_gpus(node, tier)[0].free_mib), []).append(name)
+        limits.setdefault(("host", node.memory_mib), []).append(name)
+    for (what, limit), names in limits.items():
+        if what == "gpu":
+            yield from _gpu_problems(site, variable, tier, ", ".join(names), uses, limit)
+        elif mem_mib > limit:
             yield Problem(
                 f"{variable}.models_max",
                 f"{tier.models_max}, which needs {mem_mib} MiB of host memory",
-                f"at most {node.memory_mib} MiB, the memory_mib of {name}",
+                f"at most {limit} MiB, the memory_mib of {', '.join(names)}",
                 "lower models_max or context_tokens",
             )
 
 
 def _gpu_problems(
-    site: Site, variable: str, tier: Tier, node: str, uses: Sequence[_Loaded], limit: int
+    site: Site, variable: str, tier: Tier, nodes: str, uses: Sequence[_Loaded], limit: int
 ) -> Iterator[Problem]:
     def needed(names: Iterable[str], context_tokens: int) -> int:
         smaller = dataclasses.replace(tier, context_tokens=context_tokens)
@@ -190,7 +208,7 @@ def _gpu_problems(
         yield Problem(
             f"{variable}.context_tokens",
             f"{tier.context_tokens}, with which {one.model} needs {mib(one.device.total)} MiB",
-            f"at most {limit} MiB, the GPU of {node}",
+            f"at most {limit} MiB, the GPU of {nodes}",
             (f"context_tokens: {context}, or " if context else "") + "take the model out of this tier (tiers[].models)",
         )
     most = uses[: tier.models_max]
@@ -201,7 +219,7 @@ def _gpu_problems(
             f"{variable}.models_max",
             f"{tier.models_max}, which can be {', '.join(f'{one.model} {mib(one.device.total)} MiB' for one in most)}: "
             f"{totals[-1]} MiB",
-            f"at most {limit} MiB, the GPU of {node}",
+            f"at most {limit} MiB, the GPU of {nodes}",
             f"models_max: {sum(total <= limit for total in totals)}"
             + (f", or context_tokens: {context}" if context else ""),
         )
@@ -210,7 +228,10 @@ def _gpu_problems(
 def _device_mib(site: Site, tier: Tier, model: str) -> int:
     """What a model takes of a router tier's GPU with the smallest micro-batch that the tier allows."""
     batch = batch_of(site, tier, _ubatches(tier)[-1])
-    return mib(_loaded(site.models[model], tier, batch, cuda=True).device.total)
+    facts = site.models[model].facts
+    places, devices = [0] * (facts["n_layers"] + 1), [Device(cuda=True), Device()]
+    compute = architectures.compute_bytes(*_sketched(facts, batch, places), devices)
+    return mib(memory.uses_with(facts, batch, places, devices, compute)[0].total)
 
 
 def _largest_context(fits: Callable[[int], bool], most: int) -> int:
@@ -242,11 +263,10 @@ def _plan_router(site: Site, index: int, tier: Tier) -> tuple[dict[str, Any], li
         return _base(site, tier, tier.memory_mib, warnings), found
     for ubatch_tokens in _ubatches(tier):
         loaded = [_loaded(model, tier, batch_of(site, tier, ubatch_tokens), cuda) for model in models]
-        planned = _row("", "", _router_host(tier, loaded), 0)["total"]
-        mem_mib = tier.memory_mib or planned
-        misfits = list(_router_problems(site, index, tier, loaded, mem_mib))
-        if not misfits:
+        if not cuda or _router_fits(site, tier, loaded):
             break
+    planned = _row("", "", _router_host(tier, loaded), 0)["total"]
+    mem_mib = tier.memory_mib or planned
     if tier.memory_mib is not None and tier.memory_mib < planned:
         warnings.append(
             f"memory_mib {tier.memory_mib} is less than the {planned} MiB that this tier was planned to need"
@@ -258,7 +278,7 @@ def _plan_router(site: Site, index: int, tier: Tier) -> tuple[dict[str, Any], li
         "environment": dict(SERVER_ENVIRONMENT),
     }
     plan["memory"] = [row for _, row in _router_rows(site, tier, loaded)]
-    return plan, [*found, *misfits]
+    return plan, [*found, *_router_problems(site, index, tier, loaded, mem_mib)]
 
 
 # Layer-split tiers
@@ -304,6 +324,11 @@ class _Split:
         return words
 
 
+def _given_gpus(node: Node, tier: Tier) -> list[Gpu]:
+    """The GPUs that a job gets of a node, at worst: Slurm chooses, so the smallest are planned."""
+    return sorted(node.gpus, key=lambda gpu: gpu.free_mib)[: tier.gpus_per_node]
+
+
 def _slots(site: Site, tier: Tier) -> tuple[_Slot, ...]:
     """The devices of a tier: those of the workers first, then the head's own, which only CUDA gives it."""
     cuda = site.engine.backend == "cuda"
@@ -312,7 +337,7 @@ def _slots(site: Site, tier: Tier) -> tuple[_Slot, ...]:
     return tuple(
         _Slot(name, index, gpu.free_mib, Device(cuda=True))
         for name in (*tier.workers, tier.head)
-        for index, gpu in enumerate(site.nodes[name].gpus[: tier.gpus_per_node])
+        for index, gpu in enumerate(_given_gpus(site.nodes[name], tier))
     )
 
 
@@ -381,9 +406,9 @@ def _worker(tier: Tier, split: _Split, cpus: int) -> dict[str, Any]:
 def _split_hosts(site: Site, tier: Tier, model: Model, batch: Batch, split: _Split) -> Iterator[tuple[str, memory.Use]]:
     """Host memory of each node's part of the job.
 
-    On CUDA it is an upper bound from the first cluster's incident, since it could not be measured here: workers were
-    killed at 64 GiB with 45 GiB of weights, and lived with 200. Each node is given all weights, which pass through
-    the page cache that its limit counts, all of the KV cache and the largest compute buffer.
+    On CUDA it is an upper bound from the first cluster's incident, since it could not be measured here: with 45 GiB
+    of weights workers were killed at 64 GiB and lived with 200. Each node is given the weights twice: they pass
+    through the page cache, which the job's limit counts, and may be locked or pinned besides.
     """
     facts, cuda = model.facts, site.engine.backend == "cuda"
     head = memory.server_bytes(facts, batch, cuda=cuda) + memory.staging_bytes(facts)
@@ -391,9 +416,8 @@ def _split_hosts(site: Site, tier: Tier, model: Model, batch: Batch, split: _Spl
     for name in (tier.head, *tier.workers):
         other = (head if name == tier.head else worker) + memory.JOB_BYTES
         if cuda:
-            whole = sum(use.kv for use in split.uses)
-            compute = max(use.compute for use in split.uses)
-            yield name, memory.Use(facts["tensor_bytes"]["total"], whole, compute, other)
+            compute = split.uses[-1].compute if name == tier.head else 0
+            yield name, memory.Use(2 * facts["tensor_bytes"]["total"], 0, compute, other)
         elif name == tier.head:
             yield name, dataclasses.replace(split.uses[-1], other=other)
         else:
@@ -413,14 +437,31 @@ class _Wish:
         return dataclasses.replace(batch, flash_attention=self.flash_attention)
 
     def ubatch(self, site: Site, model: Model) -> int | None:
-        """The largest micro-batch with which it fits; None when it does not."""
+        """The largest micro-batch with which it fits devices and hosts; None when it does not."""
         slots = _slots(site, self.tier)
-        if len(slots) > model.facts["n_layers"] + 1:
+        if not 0 < len(slots) <= min(model.facts["n_layers"] + 1, placement.MAX_DEVICES):
             return None
         for size in _ubatches(self.tier):
-            if _split(model.facts, self.batch(site, size), slots, quick=True).fits:
+            batch = self.batch(site, size)
+            split = _split(model.facts, batch, slots, quick=True)
+            if split.fits and self._hosts_hold(site, model, batch, split):
                 return size
         return None
+
+    def _hosts_hold(self, site: Site, model: Model, batch: Batch, split: _Split) -> bool:
+        hosts = dict(_split_hosts(site, self.tier, model, batch, split))
+        wanted = self.tier.memory_mib or max(_row("", "", use, 0)["total"] for use in hosts.values())
+        return all(wanted <= site.nodes[name].memory_mib for name in hosts)
+
+    def broken(self, site: Site, model: Model, ubatch_tokens: int) -> set[str]:
+        """The variables of the rules that it breaks."""
+        engine = dataclasses.replace(site.engine, flash_attention=self.flash_attention)
+        tiers = {**site.tiers, self.tier.name: self.tier}
+        index = list(site.tiers).index(self.tier.name)
+        case = rules.Case(
+            dataclasses.replace(site, engine=engine, tiers=tiers), index, self.tier, (model,), ubatch_tokens
+        )
+        return {problem.variable for problem in rules.check(case)[0]}
 
     def largest(self, site: Site, model: Model) -> list[_Wish]:
         """The same with the largest context that fits and, where that reads prompts slowly, with half of it or less.
@@ -483,7 +524,7 @@ def _alternatives(site: Site, tier: Tier, model: Model, *, fits: bool) -> list[d
     found: dict[str, dict[str, Any]] = {}
     for what, wish in _wishes(site, tier, model, fits=fits):
         ubatch_tokens = wish.ubatch(site, model)
-        if ubatch_tokens is None:
+        if ubatch_tokens is None or wish.broken(site, model, ubatch_tokens):
             continue
         choice = {
             "context_tokens": wish.tier.context_tokens,
@@ -516,13 +557,14 @@ def _plan_layer_split(site: Site, index: int, tier: Tier) -> tuple[dict[str, Any
     slots = _slots(site, tier)
     wish = _Wish(tier, site.engine.flash_attention)
     found: list[Problem] = []
-    if len(slots) > facts["n_layers"] + 1:
+    most = min(facts["n_layers"] + 1, placement.MAX_DEVICES)
+    if len(slots) > most:
         found.append(
             Problem(
                 f"{variable}.workers",
                 f"{len(slots)} devices for the {facts['n_layers']} layers of {model.name} and its output",
-                "at most one device a layer",
-                "fewer workers",
+                f"at most {most}: one device a layer, and llama.cpp knows {placement.MAX_DEVICES}",
+                "fewer workers, or a smaller gpus_per_node",
             )
         )
     known = architectures.unknown(facts) is None
@@ -569,7 +611,7 @@ def _plan_layer_split(site: Site, index: int, tier: Tier) -> tuple[dict[str, Any
                     f"{variable}.memory_mib",
                     f"{mem_mib} MiB of host memory on each node",
                     f"at most {row['limit']} MiB, what {row['device']} has",
-                    "lower context_tokens, or take another node",
+                    "another node, fewer of its GPUs' worth of context_tokens, or a smaller model",
                 )
             )
     plan = _base(site, tier, mem_mib, warnings)
@@ -652,13 +694,23 @@ def plan_tier(site: Mapping[str, Any], tier_name: str, headers: Headers) -> dict
     return plain
 
 
-def problems(site: object, headers: Headers) -> list[Problem]:
-    """All problems of a site: those that ``gleaner.site`` finds or, when it finds none, what does not fit."""
+def examine(site: object, headers: Headers) -> tuple[list[Problem], list[dict[str, Any]]]:
+    """All problems of a site, and the plans of its tiers, also of those that do not fit.
+
+    There are no plans while the inventory itself is wrong (``gleaner.site``); whether they fit is asked after that.
+    """
     found = site_model.problems(site, headers)
     if found or not isinstance(site, Mapping):
-        return found
+        return found, []
     model = site_model.read(site, headers)
-    return [problem for name in model.tiers for problem in _plan(model, name)[1]]
+    planned = [_plan(model, name) for name in model.tiers]
+    plans: list[dict[str, Any]] = json.loads(json.dumps([plan for plan, _ in planned]))
+    return [problem for _, problems in planned for problem in problems], plans
+
+
+def problems(site: object, headers: Headers) -> list[Problem]:
+    """All problems of a site: those of the inventory itself or, when it has none, what does not fit."""
+    return examine(site, headers)[0]
 
 
 COLUMNS = ("weights", "kv", "compute", "other", "total", "limit", "headroom")

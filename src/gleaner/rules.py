@@ -17,7 +17,6 @@ from gleaner.site import Model, Problem, Site, Tier
 QUANTISED = ("q8_0", "q4_0")
 # Compute capability of the GPUs that inventories name; others are a doubt, not an error.
 CUDA_ARCHITECTURES = {
-    "p100": 60,
     "v100": 70,
     "v100s": 70,
     "t4": 75,
@@ -281,22 +280,23 @@ def _router_on_one_gpu(case: Case) -> Iterator[Problem]:
 @_rule(
     "scores travel in 32 bits",
     "warning",
-    "strides of 4 GiB and more are cut when a tensor goes over RPC",
+    "the stride from one request to the next is cut at 4 GiB when a tensor goes over RPC",
     "llama.cpp, ggml/src/ggml-rpc/ggml-rpc.cpp: `rpc_tensor stores nb[] as uint32_t`",
 )
 def _rpc_strides(case: Case) -> Iterator[Problem]:
-    if not case.split or case.site.engine.flash_attention:
+    parallel = case.tier.parallel
+    if not case.split or case.site.engine.flash_attention or parallel == 1:
         return
     for model in case.models:
-        cells = architectures.Batch(case.tier.context_tokens).cells
+        batch = architectures.Batch(case.tier.context_tokens, parallel, case.ubatch_tokens)
         heads = max(architectures.per_layer(model.facts["n_head"], model.facts["n_layers"]))
-        size = 4 * cells * case.ubatch_tokens * heads
+        size = 4 * batch.cells * batch.tokens // parallel * heads
         if size >= RPC_STRIDE_BYTES:
             yield Problem(
                 f"{case.prefix}.ubatch_tokens",
-                f"{case.ubatch_tokens}, with which the scores of a layer are {size} bytes",
+                f"{case.ubatch_tokens}, with which the scores of a request are {size} bytes",
                 f"less than {RPC_STRIDE_BYTES} bytes",
-                "a smaller ubatch_tokens or context_tokens",
+                "a smaller ubatch_tokens or context_tokens, or parallel: 1",
             )
 
 
@@ -326,8 +326,9 @@ def _same_priority(case: Case) -> Iterator[Problem]:
 def _competing(case: Case) -> Iterator[Problem]:
     for other, shared in competitors(case.site, case.tier):
         first = case.tier if case.tier.priority > other.priority else other
+        place = "nodes" if case.tier.kind == "router" else "head" if shared == [case.tier.head] else "workers"
         yield Problem(
-            f"{case.prefix}.{'nodes' if case.tier.kind == 'router' else 'workers'}",
+            f"{case.prefix}.{place}",
             f"{', '.join(shared)}, whose GPUs tier {other.name} wants too",
             "nodes of its own for each tier that shall run at the same time",
             f"as it is, {first.name} has the higher priority and the other runs when it does not",
@@ -358,15 +359,14 @@ def competitors(site: Site, tier: Tier) -> list[tuple[Tier, list[str]]]:
     """
     found = []
     for other in site.tiers.values():
-        if other.name == tier.name:
-            continue
-        tight = [
-            name
-            for name in tier.all_nodes
-            if name in other.all_nodes and len(site.nodes[name].gpus) < tier.gpus_per_node + other.gpus_per_node
-        ]
+        shared = [name for name in tier.all_nodes if name in other.all_nodes and other.name != tier.name]
+        tight = [name for name in shared if len(site.nodes[name].gpus) < tier.gpus_per_node + other.gpus_per_node]
         routers = [one for one in (tier, other) if one.kind == "router"]
-        if tight and not any(set(one.nodes) - set(tight) for one in routers):
+        if len(routers) == 2:
+            seated = len({*tier.nodes, *other.nodes}) > 1 or not tight
+        else:
+            seated = not tight or any(set(one.nodes) - set(tight) for one in routers)
+        if not seated:
             found.append((other, tight))
     return found
 

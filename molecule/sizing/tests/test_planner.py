@@ -14,7 +14,7 @@ def result() -> sizing.Result:
 
 
 def test_nothing_differs_from_what_llama_cpp_says_and_takes(result: sizing.Result) -> None:
-    assert result.wrong == []
+    assert result.differences == []
 
 
 def test_enough_was_compared(result: sizing.Result) -> None:
