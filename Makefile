@@ -17,7 +17,7 @@ SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 BECOME = $(if $(SUDO),$(shell sudo -n true 2>/dev/null || echo --ask-become-pass),)
 PLAYBOOK = $(BIN)/ansible-playbook $(BECOME)
 
-.PHONY: help up down distclean sources test test-full lint unit lab-tests bench
+.PHONY: help up down distclean sources test test-full lint unit lab-tests bench fuzz
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
@@ -56,18 +56,31 @@ unit: .venv/ready
 lab-tests: .venv/ready $(VAULT) sources
 	GLEANER_LAB_ID=$(TEST_LAB_ID) tools/lab_tests
 
+# The planner's benchmark runs beside a lab of its own (tools/with_lab), since it submits jobs.
 bench: .venv/ready
 	$(BIN)/python -m benchmarks.gateway
 	$(BIN)/python -m benchmarks.bring_up
+
+# A search for GGUF headers that break what is claimed of all, written into docs/fuzzing.md.
+SECONDS ?= 600
+fuzz: .venv/fuzz
+	@$(SUDO) install -d -o "$$(id -u)" $(GLEANER_CACHE) $(GLEANER_CACHE)/fuzz
+	PYTHONPATH=src nice $(BIN)/python -m tests.fuzz.gguf_header --record \
+		--seconds $(SECONDS) --corpus $(GLEANER_CACHE)/fuzz/gguf_header
 
 # What is longer than make test: the first command on a fresh machine with systemd, and make up from nothing.
 test-full: test
 	$(SUDO) tools/fresh_machine
 	$(BIN)/python -m benchmarks.bring_up --rounds 1 --make-up
+	GLEANER_LAB_ID=8 PYTHONPATH=src tools/with_lab $(BIN)/python -m benchmarks.sizing
 
 .venv/ready: requirements.txt constraints.txt tools/bootstrap
 	tools/bootstrap .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt -c constraints.txt
+	touch $@
+
+.venv/fuzz: .venv/ready tests/fuzz/requirements.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check -r tests/fuzz/requirements.txt
 	touch $@
 
 $(VAULT): .venv/ready tools/lab_secrets.py

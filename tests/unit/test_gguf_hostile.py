@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gleaner import gguf
+from tests.fuzz import gguf_header as fuzzer
 from tests.unit import gguf_claims as claims
 from tests.unit.gguf_claims import Field
 
@@ -199,6 +200,11 @@ def test_a_header_of_long_strings_is_fetched_once(tmp_path: Path) -> None:
     size = path.stat().st_size
     assert claims.attempt(lambda: gguf.inspect(str(path)), tmp_path, size, traced=True) is None
     assert claims.CountedWindow.fetches <= gguf.MAX_HEADER_BYTES // gguf.WINDOW_BYTES + 1
+
+
+@pytest.mark.parametrize("finding", sorted(fuzzer.FINDINGS.iterdir()), ids=lambda path: path.name)
+def test_what_the_fuzzer_found_does_no_harm(tmp_path: Path, finding: Path) -> None:
+    claims.claim(claims.write_parts(tmp_path, fuzzer.parts_of(finding.read_bytes())), traced=True)
 
 
 @pytest.mark.parametrize("depth", [1, 2, 100_000])
