@@ -92,6 +92,10 @@ def slurm_policy_gap(show_config: str, version: str) -> list[str]:
     return slurmconf.policy_gap(str(show_config), str(version))
 
 
+def slurm_losing_jobs(lines: Iterable[str]) -> list[str]:
+    return slurmconf.losing_jobs(_plain(list(lines)))
+
+
 def slurm_partition_gap(
     show_partition: str, nodes: str, wanted: Iterable[Mapping[str, Any]], site_nodes: Iterable[str], ai_qos: str
 ) -> list[str]:
@@ -123,6 +127,7 @@ class FilterModule:
             "site_problems": site_problems,
             "slurm_accounting_policy": slurm_accounting_policy,
             "slurm_conf_with": slurm_conf_with,
+            "slurm_losing_jobs": slurm_losing_jobs,
             "slurm_partition_gap": slurm_partition_gap,
             "slurm_policy_gap": slurm_policy_gap,
             "slurm_preemption_settings": slurm_preemption_settings,

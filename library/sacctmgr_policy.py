@@ -541,7 +541,7 @@ def main() -> None:
             if not module.check_mode:
                 raise
             live = Accounting()
-            result["msg"] = f"The accounting cannot be asked yet, so all of it is still to be made: {error}"
+            result["msg"] = f"The accounting does not answer, so all of it counts as still to be made: {error}"
         todo = commands(cluster, wanted, live)
         result.update(
             changed=bool(todo),

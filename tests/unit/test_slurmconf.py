@@ -110,13 +110,41 @@ def test_gang_scheduling_beside_requeue_is_fine() -> None:
 
 
 @pytest.mark.parametrize(
+    ("lines", "losing"),
+    [
+        (["PreemptMode=REQUEUE", "SelectType=select/cons_tres"], ["SelectType=select/cons_tres"]),
+        (["SelectTypeParameters=CR_Core_Memory", "PartitionName=gpu_ai Nodes=vasp-01", "GresTypes=gpu"], []),
+        ([], []),
+    ],
+)
+def test_another_select_plugin_loses_the_jobs(lines: list[str], losing: list[str]) -> None:
+    assert slurmconf.losing_jobs(lines) == losing
+
+
+def test_a_cluster_that_counts_nodes_is_told_so_by_the_line_that_would_lose_its_jobs() -> None:
+    live = config(SelectType="select/linear", SelectTypeParameters="NONE", PreemptParameters="send_user_signal")
+    gap = slurmconf.policy_gap(live, "24.11.5")
+    assert gap == ["SelectTypeParameters=CR_Core_Memory", "SelectType=select/cons_tres"]
+    assert slurmconf.losing_jobs(gap) == ["SelectType=select/cons_tres"]
+
+
+@pytest.mark.parametrize(
     ("key", "value", "line"),
     [
         ("PreemptType", "preempt/none", "PreemptType=preempt/qos"),
         ("PreemptMode", "OFF", "PreemptMode=REQUEUE"),
         ("PreemptMode", "CANCEL", "PreemptMode=REQUEUE"),
+        ("PreemptMode", "GANG,SUSPEND", "PreemptMode=GANG,REQUEUE"),
+        ("PreemptMode", "CANCEL,WITHIN", "PreemptMode=WITHIN,REQUEUE"),
         ("SelectType", "select/linear", "SelectType=select/cons_tres"),
-        ("SelectTypeParameters", "CR_CORE", "SelectTypeParameters=CR_Core_Memory"),
+        ("SelectTypeParameters", "NONE", "SelectTypeParameters=CR_Core_Memory"),
+        ("SelectTypeParameters", "CR_CORE", "SelectTypeParameters=CR_CORE_Memory"),
+        ("SelectTypeParameters", "CR_CPU,CR_LLN", "SelectTypeParameters=CR_CPU_Memory,CR_LLN"),
+        (
+            "SelectTypeParameters",
+            "CR_CORE_DEFAULT_DIST_BLOCK",
+            "SelectTypeParameters=CR_Core_Memory,CR_CORE_DEFAULT_DIST_BLOCK",
+        ),
         ("GresTypes", "(null)", "GresTypes=gpu"),
         ("GresTypes", "mps", "GresTypes=mps,gpu"),
         ("AccountingStorageEnforce", "none", "AccountingStorageEnforce=qos"),
