@@ -16,6 +16,7 @@ SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 # Asks for the password once where sudo wants one.
 BECOME = $(if $(SUDO),$(shell sudo -n true 2>/dev/null || echo --ask-become-pass),)
 PLAYBOOK = $(BIN)/ansible-playbook $(BECOME)
+STAYS := the packages apt-cacher-ng, mmdebstrap, systemd-container, iproute2, debian-archive-keyring and openssh-client
 
 .PHONY: help up down distclean sources test test-full lint unit lab-tests bench fuzz
 
@@ -29,12 +30,13 @@ up: .venv/ready $(VAULT) sources
 
 down: .venv/ready
 	$(PLAYBOOK) playbooks/lab_down.yml
-	@echo "The lab is gone. What stays: the packages apt-cacher-ng, mmdebstrap, systemd-container, iproute2,"
-	@echo "debian-archive-keyring and openssh-client, and the caches in $(GLEANER_CACHE) (make distclean takes these)."
+	@echo "The lab is gone. What stays: $(STAYS),"
+	@echo "and the caches in $(GLEANER_CACHE) (make distclean takes these)."
 
-distclean: down
-	$(SUDO) rm -rf --one-file-system $(GLEANER_CACHE)
+distclean: .venv/ready
+	$(PLAYBOOK) playbooks/lab_distclean.yml
 	rm -rf .venv .lab .ansible .mypy_cache .pytest_cache .ruff_cache .hypothesis $(VAULT)
+	@echo "The lab and its caches are gone. What stays: $(STAYS)."
 
 sources: .venv/ready
 	@$(SUDO) install -d -o "$$(id -u)" $(GLEANER_CACHE) $(GLEANER_CACHE)/sources

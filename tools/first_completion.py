@@ -32,6 +32,26 @@ def wait_until_served(client: openai.OpenAI) -> None:
         time.sleep(1)
 
 
+def answer_to(question: str, client: openai.OpenAI) -> str:
+    """The model's answer; ends the program when it has none, since a tier that says nothing does not serve."""
+    completion = client.chat.completions.create(
+        model=MODEL,
+        messages=[
+            {"role": "system", "content": "You are helpful."},
+            {"role": "user", "content": question},
+        ],
+        max_tokens=40,
+        temperature=0,
+    )
+    answer = completion.choices[0].message.content if completion.choices else ""
+    if not (answer or "").strip():
+        sys.exit(
+            f"{MODEL} was asked {question!r} and answered {answer!r}, wanted some words. "
+            "Look at router.log beside supervisor.log (README, How to look)."
+        )
+    return str(answer)
+
+
 def main() -> None:
     """Print one completion, the URL, and a command to try next."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -42,16 +62,8 @@ def main() -> None:
     print(f"Waiting for the fast tier at {url}", flush=True)
     wait_until_served(client)
     question = "What is a GPU?"
-    answer = client.chat.completions.create(
-        model=MODEL,
-        messages=[
-            {"role": "system", "content": "You are helpful."},
-            {"role": "user", "content": question},
-        ],
-        max_tokens=40,
-        temperature=0,
-    )
-    print(f"\n{MODEL} was asked: {question}\n{answer.choices[0].message.content}\n")
+    answer = answer_to(question, client)
+    print(f"\n{MODEL} was asked: {question}\n{answer}\n")
     print(f"The endpoint is {url} (any OpenAI client; no key). Try next:\n")
     print(f"  curl -s {url}/chat/completions -H 'Content-Type: application/json' \\")
     print(f'    -d \'{{"model": "{MODEL}", "messages": [{{"role": "user", "content": "Hello!"}}]}}\'\n')

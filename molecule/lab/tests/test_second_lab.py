@@ -8,6 +8,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,16 +20,23 @@ from tests.lab.ansible import LAB_ID, ROOT, Run, playbook, succeed
 SECOND = str((int(LAB_ID) + 1) % 10)
 HOST = "vasp-01"
 FOLDER = Path("/var/lib/gleaner-lab") / SECOND
+CACHE = Path(os.environ.get("GLEANER_CACHE") or "/var/cache/gleaner")
 PROXY = f"10.213.{SECOND}.1:3143"
 
 
-def up(cwd: Path = ROOT, **more_hosts: int) -> Run:
+def up(cwd: Path = ROOT, cache: Path = CACHE, **more_hosts: int) -> Run:
     """Boot the second lab for a checkout, with HOST and with hosts that the inventory does not have: name, octet."""
     machines = [
         {"name": name, "octet": octet, "fake_gpus": [], "binds": []} for name, octet in {HOST: 11, **more_hosts}.items()
     ]
     hosts = json.dumps({"lab_host_machines": machines})
-    return playbook("playbooks/lab_up.yml", "--limit", f"localhost,{HOST}", "-e", hosts, lab=SECOND, cwd=cwd)
+    return playbook(
+        "playbooks/lab_up.yml",
+        *("--limit", f"localhost,{HOST}", "-e", hosts),
+        lab=SECOND,
+        cwd=cwd,
+        GLEANER_CACHE=str(cache),
+    )
 
 
 def down() -> None:
@@ -100,12 +108,35 @@ def _second_lab(stranger: Path) -> Iterator[None]:
     down()
 
 
+def distclean(checkout: Path, lab: str, cache: Path) -> Run:
+    done = subprocess.run(
+        ["make", "distclean", f"GLEANER_LAB_ID={lab}", f"GLEANER_CACHE={cache}"],
+        cwd=checkout,
+        env={
+            name: value for name, value in os.environ.items() if not name.startswith(("ANSIBLE_", "MAKE", "MOLECULE_"))
+        },
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return Run(done.returncode, done.stdout + done.stderr)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache that may go: it has the base image of the first lab's, but not as its own."""
+    folder = tmp_path_factory.mktemp("cache")
+    (folder / "base").symlink_to(CACHE / "base")
+    (folder / "sources").mkdir()
+    return folder
+
+
 @pytest.fixture(scope="module")
 def stranger(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Another checkout, with a login key and secrets of its own."""
     checkout = tmp_path_factory.mktemp("stranger") / "checkout"
-    private = (".*", "__pycache__", "vault.yml")
-    shutil.copytree(ROOT, checkout, ignore=shutil.ignore_patterns(*private))
+    shutil.copytree(ROOT, checkout, ignore=shutil.ignore_patterns(".*", "__pycache__", "vault.yml"))
+    (checkout / ".venv").symlink_to(sys.prefix)
     return checkout
 
 
@@ -162,17 +193,31 @@ def test_a_dead_lab_of_another_checkout_is_removed_before_it_is_taken_over(stran
     assert remains() == []
 
 
-def test_a_lab_whose_login_key_was_cleaned_away_is_made_anew(stranger: Path) -> None:
-    assert up(cwd=stranger).code == 0
+def test_a_lab_whose_login_key_was_cleaned_away_is_made_anew(stranger: Path, cache: Path) -> None:
+    assert up(cwd=stranger, cache=cache).code == 0
     # What git ignores, `git clean -fdx` removes.
     shutil.rmtree(stranger / ".lab")
-    run = up(cwd=stranger)
+    run = up(cwd=stranger, cache=cache)
     assert run.code == 0, run.output
     assert "the login key that its hosts admit is gone or was made anew." in run.text
     assert answers(stranger)
-    again = up(cwd=stranger)
+    again = up(cwd=stranger, cache=cache)
     assert again.changed == {"localhost": 0, HOST: 0}, again.output
-    succeed("playbooks/lab_down.yml", lab=SECOND, cwd=stranger)
+
+
+def test_caches_are_not_taken_from_under_another_lab(stranger: Path, cache: Path) -> None:
+    refused = distclean(stranger, LAB_ID, cache)
+    assert refused.code != 0
+    assert f"GLEANER_CACHE={cache} and the keys in {stranger} are in use by lab {SECOND} of {stranger}" in refused.text
+    assert f"(make -C {stranger} down GLEANER_LAB_ID={SECOND})" in refused.text
+    assert answers(stranger)
+
+    # Its own lab goes with the cache; the first lab, which lives on another one, is in nobody's way.
+    cleaned = distclean(stranger, SECOND, cache)
+    assert cleaned.code == 0, cleaned.output
+    assert not cache.exists()
+    assert not [name for name in (".venv", ".lab") if (stranger / name).exists()]
+    assert cluster.ask("/health").status == 200
 
 
 def test_a_lab_that_is_taken_down_leaves_nothing() -> None:

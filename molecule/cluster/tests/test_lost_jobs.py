@@ -1,0 +1,63 @@
+"""A job that went with its node's power is not called running for ever."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.lab import cluster
+from tests.lab.ansible import succeed
+from tests.lab.cluster import CONTROLLER, Job, run
+
+NODE = "vasp-03"
+ONLY = ("playbooks/cluster.yml", "--limit", NODE, "--tags", "slurm_node")
+
+
+def job(number: int) -> Job | None:
+    return next((one for one in cluster.jobs() if one.id == number), None)
+
+
+def age(number: int) -> int:
+    """Seconds since its start."""
+    minutes, _, seconds = run(CONTROLLER, f"squeue --noheader --jobs={number} --Format=TimeUsed").partition(":")
+    return 60 * int(minutes) + int(seconds)
+
+
+@pytest.fixture
+def lost() -> Iterator[Job]:
+    """A job whose node and whose controller were both without power for a moment."""
+    number = cluster.submit(f"-p gpu_vasp --nodelist={NODE} --requeue --wrap='sleep 600'")
+    before = cluster.wait_until("it runs", lambda: one if (one := job(number)) and one.state == "RUNNING" else None)
+    # slurmctld writes its state down now and then.
+    cluster.wait_until("it is in slurmctld's books", lambda: age(number) > 12)
+    run(NODE, "systemctl stop slurmd && pkill -KILL slurmstepd && pkill -KILL -u alice")
+    run(CONTROLLER, "systemctl kill --signal=KILL slurmctld && systemctl restart slurmctld")
+    run(NODE, "systemctl start slurmd")
+    yield before
+    cluster.cancel(number)
+
+
+def test_a_lost_job_is_put_back_into_the_queue(lost: Job) -> None:
+    cluster.wait_until("slurmctld answers", lambda: cluster.host(CONTROLLER).run("scontrol ping").rc == 0)
+    cluster.wait_until("it is no young job any more", lambda: age(lost.id) > 31)
+    assert job(lost.id) == lost
+    dry = succeed(*ONLY, "--check")
+    assert dry.changed == {NODE: 0}
+    assert job(lost.id) == lost
+
+    found = succeed(*ONLY)
+    assert found.changed == {NODE: 1}, found.output
+    back = job(lost.id)
+    assert back is not None
+    assert back.restarts == lost.restarts + 1
+    assert succeed(*ONLY).changed == {NODE: 0}
+
+
+def test_accounting_is_there_before_slurmctld_starts() -> None:
+    run(CONTROLLER, "systemctl stop slurmctld slurmdbd")
+    run(CONTROLLER, "systemctl start --no-block slurmctld; sleep 2; systemctl start slurmdbd")
+    cluster.wait_until("slurmctld answers", lambda: cluster.host(CONTROLLER).run("scontrol ping").rc == 0)
+    said = run(CONTROLLER, "journalctl --unit=slurmctld --output=cat --lines=40 --no-pager")
+    assert "Association database appears down" not in said.rpartition("slurmctld version")[2]
+    cluster.wait_served()
