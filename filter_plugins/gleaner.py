@@ -10,7 +10,7 @@ from typing import Any
 # Ansible loads this file by its path and knows nothing of src/.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
-from gleaner import digest, plan, site, slurmconf
+from gleaner import digest, plan, site, sizing, slurmconf
 
 _NODE_VARIABLES = ("cluster_address", "rpc_address", "cpus", "memory_mib", "gpus", "sockets", "threads_per_core")
 
@@ -63,6 +63,14 @@ def tier_plan(value: Mapping[str, Any], tier: str) -> dict[str, Any]:
 
 def tier_digest(value: Mapping[str, Any], script: str) -> str:
     return digest.of(_plain(value), str(script))
+
+
+def tensor_split(value: int, memory: Iterable[float]) -> dict[str, Any]:
+    return sizing.tensor_split(_plain(value), _plain(memory))
+
+
+def memory_plan(value: Mapping[str, Any], wishes: Mapping[str, Any], devices: Iterable[Any]) -> dict[str, Any]:
+    return sizing.memory_plan(_plain(value), _plain(wishes), _plain(devices))
 
 
 def site_plans(value: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -119,6 +127,7 @@ def slurm_accounting_policy(
 class FilterModule:
     def filters(self) -> dict[str, Any]:
         return {
+            "memory_plan": memory_plan,
             "node_models": node_models,
             "plan_table": plan_table,
             "site_examined": site_examined,
@@ -132,6 +141,7 @@ class FilterModule:
             "slurm_policy_gap": slurm_policy_gap,
             "slurm_preemption_settings": slurm_preemption_settings,
             "slurm_version_of": slurm_version_of,
+            "tensor_split": tensor_split,
             "tier_digest": tier_digest,
             "tier_plan": tier_plan,
         }

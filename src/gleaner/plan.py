@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -57,13 +56,17 @@ def _cpus(tier: Tier, nodes: Sequence[Node]) -> int:
 # Rows of the table: one for each device and each host, in MiB.
 
 
-def _row(device: str, layers: str, use: memory.Use, limit: int) -> dict[str, Any]:
-    parts = {key: mib(getattr(use, key)) for key in ("weights", "kv", "compute", "other")}
-    total = sum(parts.values())
+def _total_mib(use: memory.Use) -> int:
+    """The total as tables show it, and as it is held against limits: the sum of parts, each in whole MiB."""
+    return sum(mib(part) for part in dataclasses.astuple(use))
+
+
+def row_of(device: str, layers: str, use: memory.Use, limit: int) -> dict[str, Any]:
+    total = _total_mib(use)
     return {
         "device": device,
         "layers": layers,
-        **parts,
+        **{key: mib(part) for key, part in dataclasses.asdict(use).items()},
         "total": total,
         "limit": limit,
         "headroom": limit - total,
@@ -147,11 +150,9 @@ def _router_rows(site: Site, tier: Tier, loaded: Sequence[_Loaded]) -> Iterator[
     for name in tier.nodes:
         node = site.nodes[name]
         if cuda:
-            yield (
-                name,
-                _row(f"{name} gpu0", "all", _sum(one.device for one in heaviest), _given_gpus(node, tier)[0].free_mib),
-            )
-        yield name, _row(f"{name} host", "" if cuda else "all", host, node.memory_mib)
+            limit = _given_gpus(node, tier)[0].free_mib
+            yield name, row_of(f"{name} gpu0", "all", _sum(one.device for one in heaviest), limit)
+        yield name, row_of(f"{name} host", "" if cuda else "all", host, node.memory_mib)
 
 
 def _router_host(tier: Tier, loaded: Sequence[_Loaded]) -> memory.Use:
@@ -162,9 +163,9 @@ def _router_host(tier: Tier, loaded: Sequence[_Loaded]) -> memory.Use:
 
 def _router_fits(site: Site, tier: Tier, loaded: Sequence[_Loaded]) -> bool:
     """Whether ``models_max`` models at their worst fit the GPU of each node."""
-    totals = sorted((mib(one.device.total) for one in loaded), reverse=True)[: tier.models_max]
+    heaviest = sorted((one.device for one in loaded), key=_total_mib, reverse=True)[: tier.models_max]
     limits = [_given_gpus(site.nodes[name], tier)[0].free_mib for name in tier.nodes]
-    return sum(totals) <= min(limits)
+    return _total_mib(_sum(heaviest)) <= min(limits)
 
 
 def _router_problems(site: Site, index: int, tier: Tier, loaded: Sequence[_Loaded], mem_mib: int) -> Iterator[Problem]:
@@ -197,41 +198,41 @@ def _gpu_problems(
 ) -> Iterator[Problem]:
     def needed(names: Iterable[str], context_tokens: int) -> int:
         smaller = dataclasses.replace(tier, context_tokens=context_tokens)
-        return sum(_device_mib(site, smaller, name) for name in names)
+        return _total_mib(_sum(_device_use(site, smaller, name) for name in names))
 
     def largest(*names: str) -> int:
         return _largest_context(lambda context: needed(names, context) <= limit, tier.context_tokens)
 
-    alone = [one for one in uses if mib(one.device.total) > limit]
+    alone = [one for one in uses if _total_mib(one.device) > limit]
     for one in alone:
         context = largest(one.model)
         yield Problem(
             f"{variable}.context_tokens",
-            f"{tier.context_tokens}, with which {one.model} needs {mib(one.device.total)} MiB",
+            f"{tier.context_tokens}, with which {one.model} needs {_total_mib(one.device)} MiB",
             f"at most {limit} MiB, the GPU of {nodes}",
             (f"context_tokens: {context}, or " if context else "") + "take the model out of this tier (tiers[].models)",
         )
     most = uses[: tier.models_max]
-    totals = list(itertools.accumulate(mib(one.device.total) for one in most))
+    totals = [_total_mib(_sum(one.device for one in most[: count + 1])) for count in range(len(most))]
     if not alone and totals[-1] > limit:
         context = largest(*(one.model for one in most))
+        each = ", ".join(f"{one.model} {_total_mib(one.device)} MiB" for one in most)
         yield Problem(
             f"{variable}.models_max",
-            f"{tier.models_max}, which can be {', '.join(f'{one.model} {mib(one.device.total)} MiB' for one in most)}: "
-            f"{totals[-1]} MiB",
+            f"{tier.models_max}, which can be {each}: {totals[-1]} MiB",
             f"at most {limit} MiB, the GPU of {nodes}",
             f"models_max: {sum(total <= limit for total in totals)}"
             + (f", or context_tokens: {context}" if context else ""),
         )
 
 
-def _device_mib(site: Site, tier: Tier, model: str) -> int:
+def _device_use(site: Site, tier: Tier, model: str) -> memory.Use:
     """What a model takes of a router tier's GPU with the smallest micro-batch that the tier allows."""
     batch = batch_of(site, tier, _ubatches(tier)[-1])
     facts = site.models[model].facts
     places, devices = [0] * (facts["n_layers"] + 1), [Device(cuda=True), Device()]
     compute = architectures.compute_bytes(*_sketched(facts, batch, places), devices)
-    return mib(memory.uses_with(facts, batch, places, devices, compute)[0].total)
+    return memory.uses_with(facts, batch, places, devices, compute)[0]
 
 
 def _largest_context(fits: Callable[[int], bool], most: int) -> int:
@@ -265,7 +266,7 @@ def _plan_router(site: Site, index: int, tier: Tier) -> tuple[dict[str, Any], li
         loaded = [_loaded(model, tier, batch_of(site, tier, ubatch_tokens), cuda) for model in models]
         if not cuda or _router_fits(site, tier, loaded):
             break
-    planned = _row("", "", _router_host(tier, loaded), 0)["total"]
+    planned = _total_mib(_router_host(tier, loaded))
     mem_mib = tier.memory_mib or planned
     if tier.memory_mib is not None and tier.memory_mib < planned:
         warnings.append(
@@ -285,35 +286,39 @@ def _plan_router(site: Site, index: int, tier: Tier) -> tuple[dict[str, Any], li
 
 
 @dataclass(frozen=True)
-class _Slot:
+class Slot:
     """One device of a layer-split tier, in llama.cpp's order."""
 
+    name: str
     node: str
-    gpu: int | None
     limit_mib: int
     device: Device
 
-    @property
-    def name(self) -> str:
-        return f"{self.node} cpu" if self.gpu is None else f"{self.node} gpu{self.gpu}"
-
 
 @dataclass(frozen=True)
-class _Split:
+class Split:
     """A model laid over the devices of a tier: slots of each, and what each takes."""
 
-    slots: tuple[_Slot, ...]
+    slots: tuple[Slot, ...]
     counts: tuple[int, ...]
     uses: tuple[memory.Use, ...]
 
     @property
     def fits(self) -> bool:
-        return all(_row("", "", use, slot.limit_mib)["headroom"] >= 0 for slot, use in zip(self.slots, self.uses))
+        return all(_total_mib(use) <= slot.limit_mib for slot, use in zip(self.slots, self.uses))
 
-    def layers(self, n_layers: int) -> list[str]:
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """One row for each device of the tier; the head's CPU has none."""
+        return [
+            row_of(slot.name, layers, use, slot.limit_mib)
+            for slot, layers, use in zip(self.slots, self._layers(), self.uses)
+        ]
+
+    def _layers(self) -> list[str]:
         """For each device, its layers in words: ``0-26``, ``54-79 + output``."""
         words = []
-        first = 0
+        first, n_layers = 0, sum(self.counts) - 1
         for count in self.counts:
             last = min(first + count, n_layers) - 1
             some = f"{first}-{last}" if last > first else f"{first}" if last == first else ""
@@ -329,19 +334,19 @@ def _given_gpus(node: Node, tier: Tier) -> list[Gpu]:
     return sorted(node.gpus, key=lambda gpu: gpu.free_mib)[: tier.gpus_per_node]
 
 
-def _slots(site: Site, tier: Tier) -> tuple[_Slot, ...]:
+def _slots(site: Site, tier: Tier) -> tuple[Slot, ...]:
     """The devices of a tier: those of the workers first, then the head's own, which only CUDA gives it."""
     cuda = site.engine.backend == "cuda"
     if not cuda:
-        return tuple(_Slot(name, None, site.nodes[name].memory_mib, Device()) for name in tier.workers)
+        return tuple(Slot(f"{name} cpu", name, site.nodes[name].memory_mib, Device()) for name in tier.workers)
     return tuple(
-        _Slot(name, index, gpu.free_mib, Device(cuda=True))
+        Slot(f"{name} gpu{index}", name, gpu.free_mib, Device(cuda=True))
         for name in (*tier.workers, tier.head)
         for index, gpu in enumerate(_given_gpus(site.nodes[name], tier))
     )
 
 
-def _split(facts: Mapping[str, Any], batch: Batch, slots: Sequence[_Slot], *, quick: bool = False) -> _Split:
+def lay_out(facts: Mapping[str, Any], batch: Batch, slots: Sequence[Slot], *, quick: bool = False) -> Split:
     """The split that fills the fullest device least. ``quick`` computes it with a sketch of the model.
 
     Raises ValueError for more devices than slots of the model.
@@ -349,7 +354,7 @@ def _split(facts: Mapping[str, Any], batch: Batch, slots: Sequence[_Slot], *, qu
     devices = [*(slot.device for slot in slots), Device()]
     limits = [slot.limit_mib * MIB for slot in slots]
     # A device without a layer has no attention to compute: what devices need is taken from a split that has some.
-    spare = int(1 < facts["n_layers"] >= len(slots))
+    spare = int(facts["n_layers"] >= max(len(slots), 2))
     first = placement.slots_of_counts(placement.split_by_memory(facts["n_layers"] - spare, limits))
     first += first[-1:] * spare
     fixed = architectures.compute_bytes(*_sketched(facts, batch, first), devices)
@@ -367,7 +372,7 @@ def _split(facts: Mapping[str, Any], batch: Batch, slots: Sequence[_Slot], *, qu
     places = placement.slots_of_counts(counts)
     sketched = _sketched(facts, batch, places) if quick else (facts, batch, places)
     compute = architectures.compute_bytes(*sketched, devices)
-    return _Split(tuple(slots), tuple(counts), tuple(memory.uses_with(facts, batch, places, devices, compute)))
+    return Split(tuple(slots), tuple(counts), tuple(memory.uses_with(facts, batch, places, devices, compute)))
 
 
 def _sketched(
@@ -377,7 +382,7 @@ def _sketched(
     return small, batch, few
 
 
-def head_args(site: Site, tier: Tier, split: _Split, cpus: int, ubatch_tokens: int) -> list[str]:
+def head_args(site: Site, tier: Tier, split: Split, cpus: int, ubatch_tokens: int) -> list[str]:
     """Arguments of the head's ``llama-server``, without --host and --port, which the agent adds."""
     endpoints = ",".join(f"{site.nodes[name].rpc_address}:{site_model.RPC_PORT}" for name in tier.workers)
     args = ["--model", f"{MODELS_DIR}/{tier.model}.gguf", "--alias", tier.model]
@@ -389,7 +394,7 @@ def head_args(site: Site, tier: Tier, split: _Split, cpus: int, ubatch_tokens: i
     return [*args, "--offline", "--no-ui", *tier.server_args]
 
 
-def _worker(tier: Tier, split: _Split, cpus: int) -> dict[str, Any]:
+def _worker(tier: Tier, split: Split, cpus: int) -> dict[str, Any]:
     """What the RPC servers are started with; address and port are the node's and the agent adds them.
 
     Their cache of tensors spares a return of the tier sending the weights again. It may hold those of two splits.
@@ -403,7 +408,7 @@ def _worker(tier: Tier, split: _Split, cpus: int) -> dict[str, Any]:
     }
 
 
-def _split_hosts(site: Site, tier: Tier, model: Model, batch: Batch, split: _Split) -> Iterator[tuple[str, memory.Use]]:
+def _split_hosts(site: Site, tier: Tier, model: Model, batch: Batch, split: Split) -> Iterator[tuple[str, memory.Use]]:
     """Host memory of each node's part of the job.
 
     On CUDA it is an upper bound from the first cluster's incident, since it could not be measured here: with 45 GiB
@@ -443,25 +448,22 @@ class _Wish:
             return None
         for size in _ubatches(self.tier):
             batch = self.batch(site, size)
-            split = _split(model.facts, batch, slots, quick=True)
-            if split.fits and self._hosts_hold(site, model, batch, split):
+            splits = (lay_out(model.facts, batch, slots, quick=quick) for quick in (True, False))
+            if all(split.fits and self._hosts_hold(site, model, batch, split) for split in splits):
                 return size
         return None
 
-    def _hosts_hold(self, site: Site, model: Model, batch: Batch, split: _Split) -> bool:
+    def _hosts_hold(self, site: Site, model: Model, batch: Batch, split: Split) -> bool:
         hosts = dict(_split_hosts(site, self.tier, model, batch, split))
-        wanted = self.tier.memory_mib or max(_row("", "", use, 0)["total"] for use in hosts.values())
+        wanted = self.tier.memory_mib or max(map(_total_mib, hosts.values()))
         return all(wanted <= site.nodes[name].memory_mib for name in hosts)
 
     def broken(self, site: Site, model: Model, ubatch_tokens: int) -> set[str]:
-        """The variables of the rules that it breaks."""
+        """The names of the rules that it breaks."""
         engine = dataclasses.replace(site.engine, flash_attention=self.flash_attention)
-        tiers = {**site.tiers, self.tier.name: self.tier}
+        changed = dataclasses.replace(site, engine=engine, tiers={**site.tiers, self.tier.name: self.tier})
         index = list(site.tiers).index(self.tier.name)
-        case = rules.Case(
-            dataclasses.replace(site, engine=engine, tiers=tiers), index, self.tier, (model,), ubatch_tokens
-        )
-        return {problem.variable for problem in rules.check(case)[0]}
+        return rules.broken(rules.Case(changed, index, self.tier, (model,), ubatch_tokens))
 
     def largest(self, site: Site, model: Model) -> list[_Wish]:
         """The same with the largest context that fits and, where that reads prompts slowly, with half of it or less.
@@ -520,11 +522,15 @@ def _wishes(site: Site, tier: Tier, model: Model, *, fits: bool) -> Iterator[tup
 
 
 def _alternatives(site: Site, tier: Tier, model: Model, *, fits: bool) -> list[dict[str, Any]]:
-    """Choices where a wish cannot be had: what else fits on the tier's nodes, and what leaves nodes to others."""
+    """Choices where a wish cannot be had: what else fits on the tier's nodes, and what leaves nodes to others.
+
+    None of them breaks a rule that the wish itself does not break.
+    """
     found: dict[str, dict[str, Any]] = {}
+    broken = _Wish(tier, site.engine.flash_attention).broken(site, model, _ubatches(tier)[-1])
     for what, wish in _wishes(site, tier, model, fits=fits):
         ubatch_tokens = wish.ubatch(site, model)
-        if ubatch_tokens is None or wish.broken(site, model, ubatch_tokens):
+        if ubatch_tokens is None or wish.broken(site, model, ubatch_tokens) - broken:
             continue
         choice = {
             "context_tokens": wish.tier.context_tokens,
@@ -563,8 +569,8 @@ def _plan_layer_split(site: Site, index: int, tier: Tier) -> tuple[dict[str, Any
             Problem(
                 f"{variable}.workers",
                 f"{len(slots)} devices for the {facts['n_layers']} layers of {model.name} and its output",
-                f"at most {most}: one device a layer, and llama.cpp knows {placement.MAX_DEVICES}",
-                "fewer workers, or a smaller gpus_per_node",
+                f"at most {most}: one device a layer, and no more than llama.cpp takes",
+                "fewer workers, or fewer gpus_per_node",
             )
         )
     known = architectures.unknown(facts) is None
@@ -575,9 +581,9 @@ def _plan_layer_split(site: Site, index: int, tier: Tier) -> tuple[dict[str, Any
         return _base(site, tier, tier.memory_mib, warnings), [*found, *broken]
 
     batch = batch_of(site, tier, ubatch_tokens)
-    split = _split(facts, batch, slots)
+    split = lay_out(facts, batch, slots)
     hosts = [
-        _row(f"{name} host", "", use, site.nodes[name].memory_mib)
+        row_of(f"{name} host", "", use, site.nodes[name].memory_mib)
         for name, use in _split_hosts(site, tier, model, batch, split)
     ]
     planned = max(row["total"] for row in hosts)
@@ -588,10 +594,7 @@ def _plan_layer_split(site: Site, index: int, tier: Tier) -> tuple[dict[str, Any
         )
     warnings.append("not served yet: this version makes no job for a layer-split tier")
     alternatives = _alternatives(site, tier, model, fits=split.fits)
-    rows = [
-        _row(slot.name, layers, use, slot.limit_mib)
-        for slot, layers, use in zip(slots, split.layers(facts["n_layers"]), split.uses)
-    ]
+    rows = split.rows
     for row in rows:
         if row["headroom"] < 0:
             found.append(

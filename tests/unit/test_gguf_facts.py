@@ -179,7 +179,11 @@ def walks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 @pytest.mark.parametrize("weight", [2**20, 2**32])
 @pytest.mark.parametrize("size", [1, 2])
 def test_a_plan_walks_some_hundred_graphs_at_most(walks: list[int], weight: int, size: int) -> None:
-    big = {} if size == 1 else {"n_head": 2**12, "n_head_kv": 2**12, "head_dim_k": 2**14, "n_vocab": 2**22}
+    big = (
+        {}
+        if size == 1
+        else {"n_head": 2**12, "n_head_kv": 2**12, "head_dim_k": 2**14, "head_dim_v": 2**14, "n_vocab": 2**22}
+    )
     sizes = {"total": weight * 6, "token_embd": weight, "output": weight, "per_layer": [weight] * LAYERS}
     facts = sites.facts(tensor_bytes=sizes, **big)
     value = sites.site()
@@ -196,6 +200,7 @@ def test_a_graph_grows_with_the_layers_alone() -> None:
         builder = architectures._Builder(
             facts,
             architectures.Batch(2**24),
+            512,
             [0] * (layers + 1),
             [architectures.Device(cuda=True), architectures.Device()],
         )
@@ -219,7 +224,7 @@ def test_a_split_of_the_most_layers_tries_few(devices: int) -> None:
     counts = placement.least_maximal_fill(slots, [fill] * devices)
     assert sum(counts) == slots
     assert max(counts) - min(counts) <= 1
-    assert tried <= slots * slots
+    assert tried <= 2 * slots * slots
 
 
 def test_a_split_is_the_best_of_all() -> None:
@@ -236,10 +241,8 @@ def test_a_split_is_the_best_of_all() -> None:
 
     splits = [counts for counts in itertools.product(range(1, 8), repeat=3) if sum(counts) == len(weights)]
     found = tuple(placement.least_maximal_fill(len(weights), [functools.partial(fill, device) for device in range(3)]))
-    fullest = min(max(fills(counts)) for counts in splits)
-    evenness = min(sum(part * part for part in fills(counts)) for counts in splits if max(fills(counts)) == fullest)
-    assert max(fills(found)) == fullest
-    assert sum(part * part for part in fills(found)) == pytest.approx(evenness)
+    # The fullest is least full, then the second fullest, and so on.
+    assert sorted(fills(found), reverse=True) == min(sorted(fills(counts), reverse=True) for counts in splits)
 
 
 def test_a_model_of_one_layer_is_planned_on_one_device() -> None:
