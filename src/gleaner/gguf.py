@@ -12,6 +12,7 @@ import http.client
 import json
 import os
 import re
+import socket
 import ssl
 import stat
 import struct
@@ -413,7 +414,7 @@ class _Url:
     def _timeout(self) -> float:
         left = self._deadline - time.monotonic()
         if left <= 0:
-            raise TimeoutError
+            raise TimeoutError("timed out")
         return min(left, HTTP_TIMEOUT_SECONDS)
 
     def fetch(self, start: int, count: int) -> bytes:
@@ -453,7 +454,8 @@ def _trouble(error: Exception) -> ValueError:
     if isinstance(error, urllib.error.HTTPError):
         error.close()
     reason = getattr(error, "reason", error)
-    if isinstance(reason, TimeoutError):
+    # They are one from Python 3.10 on.
+    if isinstance(reason, (TimeoutError, socket.timeout)):
         return ValueError(
             f"the server is too slow; wanted each answer within {HTTP_TIMEOUT_SECONDS} s, "
             f"all of them within {HTTP_TOTAL_SECONDS} s"

@@ -144,7 +144,7 @@ LIES: dict[str, tuple[Callable[[Server], None], str]] = {
     "endless-body": (lambda server: server.endless(server.head() + b"\r\n"), "the server sent more"),
     "chunk-of-all": (
         lambda server: server.endless(server.head() + b"Transfer-Encoding: chunked\r\n\r\n-1\r\n"),
-        "more than was asked for",
+        "more than was asked for|more than 65536 bytes",
     ),
     "endless-small-chunks": (
         lambda server: server.endless(server.head() + b"Transfer-Encoding: chunked\r\n\r\n", b"1\r\nx\r\n" * 4096),
@@ -186,7 +186,10 @@ LIES: dict[str, tuple[Callable[[Server], None], str]] = {
     "to-nonsense": (lambda server: server.redirect("https://[::1"), "Invalid IPv6"),
     "to-itself": (lambda server: server.redirect(server.path), "infinite loop"),
     "to-ever-more": (lambda server: server.redirect(f"/to-ever-more/{time.monotonic_ns()}"), "infinite loop"),
-    "to-no-port": (lambda server: server.redirect(f"https://localhost:{10**30}/"), "a port beyond all ports"),
+    "to-no-port": (
+        lambda server: server.redirect(f"https://localhost:{10**30}/"),
+        "a port beyond all ports|Servname not supported",
+    ),
 }
 
 
@@ -350,10 +353,10 @@ def test_a_stranger_with_a_certificate_of_its_own_is_refused(https: str, monkeyp
     [
         ("https://localhost/a b.gguf", "control characters"),
         ("https://localhost:x/", "nonnumeric port"),
-        (f"https://localhost:{10**30}/", "a port beyond all ports"),
+        (f"https://localhost:{10**30}/", "a port beyond all ports|Servname not supported"),
         ("https://", "no host given"),
         ("https://[::1/", "Invalid IPv6 URL"),
-        ("https://a..b/", "label empty or too long"),
+        ("https://a..b/", "label empty"),
     ],
 )
 def test_a_url_that_is_none_is_a_value_error(monkeypatch: pytest.MonkeyPatch, url: str, words: str) -> None:
