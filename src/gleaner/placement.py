@@ -6,28 +6,42 @@ those of RPC servers first, then the head's own. The token embedding takes no sl
 
 from __future__ import annotations
 
-import math
 import struct
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 
 MAX_DEVICES = 16
 """llama_max_devices(), src/llama.cpp."""
+LEAST_SHARE, LARGEST_SHARE = 1e-6, 1e18
 
 
 def _float32(value: float) -> float:
     return float(struct.unpack("<f", struct.pack("<f", value))[0])
 
 
+def _check_layers(n_layers: int) -> None:
+    if not isinstance(n_layers, int) or isinstance(n_layers, bool) or n_layers < 1:
+        raise ValueError(
+            f"n_layers = {n_layers!r}; wanted a whole number of at least 1; cure: give the model's block_count"
+        )
+
+
 def _check_shares(shares: Sequence[float], what: str) -> None:
     if not 1 <= len(shares) <= MAX_DEVICES:
-        raise ValueError(f"{what}: {len(shares)} devices; wanted 1 to {MAX_DEVICES}")
+        raise ValueError(
+            f"{what} = {len(shares)} devices; wanted 1 to {MAX_DEVICES}, as many as llama.cpp takes; "
+            "cure: leave devices out"
+        )
     for index, share in enumerate(shares):
-        if isinstance(share, bool) or not isinstance(share, (int, float)) or not math.isfinite(share) or share < 0:
+        number = isinstance(share, (int, float)) and not isinstance(share, bool)
+        # Smaller and larger numbers are 0 or infinite once they or their sum are 32-bit floats.
+        if not number or not (share == 0 or LEAST_SHARE <= share <= LARGEST_SHARE):
             raise ValueError(
-                f"{what}[{index}] = {share!r}; wanted a number of at least 0; "
-                "cure: give each device its memory, or 0 to leave it out"
+                f"{what}[{index}] = {share!r}; wanted a number from {LEAST_SHARE} to {LARGEST_SHARE}, or 0; "
+                "cure: give each device its free memory, or 0 to leave it out"
             )
+    if not any(shares):
+        raise ValueError(f"{what} = {list(shares)}; wanted one above 0; cure: give one device its free memory")
 
 
 def device_of_each_layer(n_layers: int, shares: Sequence[float]) -> list[int]:
@@ -35,13 +49,11 @@ def device_of_each_layer(n_layers: int, shares: Sequence[float]) -> list[int]:
 
     Layer *il* goes to the first device whose cumulative share, in 32-bit floats, is greater than
     *il* / (n_layers + 1) (src/llama-model.cpp, load_tensors). All layers are offloaded. Raises ValueError for a
-    share that is no number or negative, for none above 0, and for fewer layers than one.
+    share that is no number or negative, for none above 0 (which means `by free memory` to llama.cpp), and for
+    fewer layers than one.
     """
-    if n_layers < 1:
-        raise ValueError(f"n_layers = {n_layers}; wanted at least 1")
+    _check_layers(n_layers)
     _check_shares(shares, "tensor_split")
-    if not any(shares):
-        raise ValueError("tensor_split: all shares are 0, which means `by free memory` to llama.cpp; give one of them")
     sums: list[float] = []
     total = 0.0
     for share in shares:
@@ -61,45 +73,39 @@ def least_maximal_fill(slots: int, fills: Sequence[Callable[[int, int], float]])
     """How many of ``slots`` slots each device gets, in their order, so that the fullest is filled least.
 
     ``fills[device](first, last)`` is how full the device is (1.0: to its limit) with the slots first … last - 1;
-    it must not fall when slots are added. Of the splits that are equally good for the fullest device the most even
-    one is taken, and of those the one with more at the front: the last device has the output layer besides. Every
-    device gets at least one slot. Raises ValueError for more devices than slots.
+    it must not fall when slots are added. Of the splits that are equally good for the fullest device the one that
+    fills the second fullest least is taken, and so on; of equal ones the one with more at the front, since the last
+    device has the output layer besides. Every device gets at least one slot. Raises ValueError for more devices
+    than slots.
     """
     devices = len(fills)
     if devices > slots:
         raise ValueError(
-            f"{devices} devices for {slots - 1} layers and the output; wanted at most one device a layer; "
-            "cure: leave devices out"
+            f"devices = {devices} for {slots - 1} layers and the output; wanted at most {slots}: one for each layer "
+            "and one for the output; cure: leave devices out"
         )
-    known = [
-        {
-            (first, last): fill(first, last)
-            for first in range(device, slots - devices + device + 1)
-            for last in range(first + 1, slots - devices + device + 2)
-            if (device or not first) and (device < devices - 1 or last == slots)
-        }
-        for device, fill in enumerate(fills)
-    ]
-    fullest = _cheapest(slots, known, max)[0]
-    bounded = [{key: fill for key, fill in table.items() if fill <= fullest} for table in known]
-    return _cheapest(slots, bounded, lambda fill, rest: fill * fill + rest)[1]
+    # By the first slot that the devices looked at so far hold: how full they are, the fullest first, and their counts.
+    best: dict[int, tuple[list[float], list[int]]] = {slots: ([], [])}
+    for device in reversed(range(devices)):
+        firsts = range(device, slots - devices + device + 1) if device else [0]
+        best = {first: _best_split(first, fills[device], best) for first in firsts}
+    return best[0][1]
 
 
-def _cheapest(
-    slots: int, known: Sequence[Mapping[tuple[int, int], float]], join: Callable[[float, float], float]
-) -> tuple[float, list[int]]:
-    """The cost and the counts of the cheapest split, by dynamic programming from the last device backwards."""
-    after: dict[int, tuple[float, list[int]]] = {slots: (0.0, [])}
-    for table in reversed(known):
-        here: dict[int, tuple[float, list[int]]] = {}
-        for (first, last), fill in sorted(table.items()):
-            if last not in after:
-                continue
-            cost = join(fill, after[last][0])
-            if first not in here or cost <= here[first][0]:
-                here[first] = (cost, [last - first, *after[last][1]])
-        after = here
-    return after[0]
+def _best_split(
+    first: int, fill: Callable[[int, int], float], after: Mapping[int, tuple[list[float], list[int]]]
+) -> tuple[list[float], list[int]]:
+    """The best split of the slots from ``first`` on, between a device and those after it."""
+    found: tuple[list[float], list[int]] | None = None
+    for last in sorted(last for last in after if last > first):
+        own = fill(first, last)
+        if found is not None and own > found[0][0]:
+            break
+        full = sorted([own, *after[last][0]], reverse=True)
+        if found is None or full <= found[0]:
+            found = full, [last - first, *after[last][1]]
+    assert found is not None
+    return found
 
 
 def split_by_memory(n_layers: int, memories: Sequence[float]) -> list[int]:
@@ -110,12 +116,9 @@ def split_by_memory(n_layers: int, memories: Sequence[float]) -> list[int]:
     A device without memory gets no slot. Raises ValueError as ``device_of_each_layer`` does, and for more devices
     than slots.
     """
-    if n_layers < 1:
-        raise ValueError(f"n_layers = {n_layers}; wanted at least 1")
+    _check_layers(n_layers)
     _check_shares(memories, "memory")
     used = [index for index, memory in enumerate(memories) if memory > 0]
-    if not used:
-        raise ValueError("memory: no device has any; wanted at least one above 0")
     counts = [0] * len(memories)
     fills = [lambda first, last, memory=memories[index]: (last - first) / memory for index in used]
     for index, count in zip(used, least_maximal_fill(n_layers + 1, fills)):
