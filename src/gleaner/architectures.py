@@ -32,7 +32,7 @@ class Architecture(NamedTuple):
     head_norms: bool
     post_norms: bool
     shapes_agree: bool
-    """Whether query, key and value of a head have to be of one size."""
+    """Whether K and V of a head have to be of one size, or llama.cpp aborts."""
     tensors: frozenset[str]
     sliding_window_pattern: int = 0
     """Every so many layers one sees the whole context, where the header does not say."""
@@ -54,13 +54,16 @@ ARCHITECTURES: Mapping[str, Architecture] = {
 
 
 def unknown(facts: Mapping[str, Any]) -> str | None:
-    """Why a model's memory cannot be planned, or None: its architecture or a tensor that its graph here lacks."""
+    """Why a model's memory cannot be planned, or None: its architecture, or what its graph here lacks."""
     architecture = ARCHITECTURES.get(facts["architecture"])
     if architecture is None:
         return f"architecture {facts['architecture']} (known: {', '.join(sorted(ARCHITECTURES))})"
     foreign = sorted(set(facts["layer_tensors"]) - architecture.tensors)
     if foreign:
         return f"architecture {facts['architecture']} with {', '.join(foreign[:4])} in its layers"
+    k, v = facts["head_dim_k"], facts["head_dim_v"]
+    if architecture.shapes_agree and k != v:
+        return f"architecture {facts['architecture']} with heads of {k} (K) and {v} (V) elements"
     return None
 
 
@@ -110,13 +113,17 @@ def per_layer(value: int | Sequence[int], layers: int) -> list[int]:
 
 
 def windowed_layers(facts: Mapping[str, Any]) -> list[bool]:
-    """For each layer, whether it sees a sliding window only; False, which plans more, if unknown."""
+    """For each layer, whether it sees a sliding window only.
+
+    llama.cpp passes over the window that a header has for an architecture without a pattern of its own.
+    """
     layers: int = facts["n_layers"]
-    if not facts.get("sliding_window"):
+    usual = ARCHITECTURES[facts["architecture"]].sliding_window_pattern
+    if not (usual and facts.get("sliding_window")):
         return [False] * layers
     pattern = facts.get("sliding_window_pattern")
     if pattern is None:
-        pattern = ARCHITECTURES[facts["architecture"]].sliding_window_pattern
+        pattern = usual
     if not isinstance(pattern, int):
         return [bool(item) for item in pattern]
     return [pattern == 0 or layer % pattern < pattern - 1 for layer in range(layers)]
@@ -137,8 +144,8 @@ def layer_cells(facts: Mapping[str, Any], batch: Batch) -> list[int]:
 class _Attention:
     """The inputs that all layers of one kind (whole context, or window) share."""
 
-    def __init__(self, facts: Mapping[str, Any], batch: Batch, cells: int, v_row: int) -> None:
-        tokens, streams = batch.tokens, batch.parallel
+    def __init__(self, facts: Mapping[str, Any], batch: Batch, tokens: int, cells: int, v_row: int) -> None:
+        streams = batch.parallel
         self.cells = cells
         self.k_idxs = leaf((tokens, 1, 1, 1), item=8)
         # Without flash attention V lies transposed, and each element of a token has an index of its own.
@@ -156,15 +163,16 @@ class _Attention:
 
 
 class _Builder:
-    def __init__(self, facts: Mapping[str, Any], batch: Batch, places: Sequence[int], devices: Sequence[Device]):
-        self.facts, self.batch, self.places, self.devices = facts, batch, places, devices
+    def __init__(
+        self, facts: Mapping[str, Any], batch: Batch, tokens: int, places: Sequence[int], devices: Sequence[Device]
+    ) -> None:
+        self.facts, self.batch, self.tokens, self.places, self.devices = facts, batch, tokens, places, devices
         self.kind = ARCHITECTURES[facts["architecture"]]
         self.graph = Graph()
         layers = facts["n_layers"]
         self.heads = per_layer(facts["n_head"], layers)
         self.kv_heads = per_layer(facts["n_head_kv"], layers)
         self.n_ff = per_layer(facts["n_ff"], layers)
-        self.tokens = batch.tokens
         self.weights = {place: stored(place, weight=True) for place in set(places)}
 
     def matmul(self, layer: int, rows: int, source: Tensor) -> Tensor:
@@ -263,9 +271,11 @@ class _Builder:
             current = Tensor("scale", current.shape, [current])
         positions = leaf((tokens, 1, 1, 1))
         v_rows = [heads * facts["head_dim_v"] for heads in self.kv_heads]
-        whole = _Attention(facts, batch, batch.cells, max(v_rows))
+        whole = _Attention(facts, batch, tokens, batch.cells, max(v_rows))
         windowed = windowed_layers(facts)
-        window = _Attention(facts, batch, window_cells(facts, batch), max(v_rows)) if any(windowed) else whole
+        window = whole
+        if any(windowed):
+            window = _Attention(facts, batch, tokens, window_cells(facts, batch), max(v_rows))
         outputs = min(batch.outputs or batch.parallel, tokens)
         chosen = leaf((outputs, 1, 1, 1))
 
@@ -295,7 +305,12 @@ def compute_bytes(
     """Bytes of the compute buffer of each device; the last device is the head's CPU.
 
     ``places`` has the device of each layer and, last, of the output layer. The token embedding always lies on
-    the CPU.
+    the CPU. llama-server reserves for a graph that reads a prompt and for one that writes a token of each request.
+    The latter is smaller, but the holes between its tensors can make its buffer the larger one.
     """
-    graph = _Builder(facts, batch, places, devices).build()
-    return ggml_graph.buffer_sizes(graph, [device.alignment for device in devices])
+    alignments = [device.alignment for device in devices]
+    sizes = [
+        ggml_graph.buffer_sizes(_Builder(facts, batch, tokens, places, devices).build(), alignments)
+        for tokens in ({batch.tokens, batch.parallel} if batch.outputs is None else {batch.tokens})
+    ]
+    return [max(of_device) for of_device in zip(*sizes)]

@@ -165,28 +165,24 @@ def uses_with(
 
 
 def sketch(facts: Mapping[str, Any], places: Sequence[int], keep: int = 4) -> tuple[dict[str, Any], list[int]]:
-    """A model with the first ``keep`` layers of each kind on each device, and their places.
+    """A model with, of the layers of a kind and shape on a device, the first ``keep`` and the last; and their places.
 
-    Its compute buffers are those of the whole one, or all but: one layer's tensors lie where those of the layer
-    before lay. It makes searches fast; what they find is computed with the whole model.
+    As much lies in its compute buffers at once as in those of the whole one; the holes between may differ. It makes
+    searches fast; what they find is computed with the whole model.
     """
     layers = facts["n_layers"]
     windowed = architectures.windowed_layers(facts)
-    seen: dict[tuple[int, bool], int] = {}
-    kept: list[int] = []
+    shapes = {key: architectures.per_layer(facts[key], layers) for key in ("n_ff", "n_head", "n_head_kv")}
+    alike: dict[tuple[int, ...], list[int]] = {}
     for layer in range(layers):
-        kind = (places[layer], windowed[layer])
-        seen[kind] = seen.get(kind, 0) + 1
-        if seen[kind] <= keep:
-            kept.append(layer)
+        kind = (places[layer], windowed[layer], *(sizes[layer] for sizes in shapes.values()))
+        alike.setdefault(kind, []).append(layer)
+    kept = sorted({layer for some in alike.values() for layer in (*some[:keep], some[-1])})
     small = {
         **facts,
         "n_layers": len(kept),
         "sliding_window_pattern": [windowed[layer] for layer in kept],
-        **{
-            key: [architectures.per_layer(facts[key], layers)[layer] for layer in kept]
-            for key in ("n_ff", "n_head", "n_head_kv")
-        },
+        **{key: [sizes[layer] for layer in kept] for key, sizes in shapes.items()},
     }
     return small, [*(places[layer] for layer in kept), places[layers]]
 
