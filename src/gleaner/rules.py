@@ -241,9 +241,12 @@ def _built_for_the_gpus(case: Case) -> Iterator[Problem]:
 def _known_gpu(case: Case) -> Iterator[Problem]:
     for model in case.gpu_models if case.cuda else ():
         if model not in CUDA_ARCHITECTURES:
+            node = next(
+                name for name in case.tier.all_nodes if model in {gpu.model for gpu in case.site.nodes[name].gpus}
+            )
             yield Problem(
-                "gpus[].model",
-                repr(model),
+                f"hostvars[{node}].gpus",
+                f"model {model!r}",
                 f"one of {', '.join(CUDA_ARCHITECTURES)}",
                 "compare its compute capability with llama_cpp_cuda_architectures yourself",
             )
@@ -287,14 +290,14 @@ def _router_on_one_gpu(case: Case) -> Iterator[Problem]:
 def _rpc_strides(case: Case) -> Iterator[Problem]:
     if not case.split or case.site.engine.flash_attention:
         return
+    batch = architectures.Batch(case.tier.context_tokens, case.tier.parallel, case.ubatch_tokens)
     for model in case.models:
-        cells = architectures.Batch(case.tier.context_tokens).cells
         heads = max(architectures.per_layer(model.facts["n_head"], model.facts["n_layers"]))
-        size = 4 * cells * case.ubatch_tokens * heads
+        size = 4 * batch.cells * (batch.tokens // batch.parallel) * heads
         if size >= RPC_STRIDE_BYTES:
             yield Problem(
                 f"{case.prefix}.ubatch_tokens",
-                f"{case.ubatch_tokens}, with which the scores of a layer are {size} bytes",
+                f"{case.ubatch_tokens}, with which the scores of a request in a layer are {size} bytes",
                 f"less than {RPC_STRIDE_BYTES} bytes",
                 "a smaller ubatch_tokens or context_tokens",
             )
@@ -382,6 +385,11 @@ def check(case: Case) -> tuple[list[Problem], list[str]]:
             else:
                 warnings.append(f"{problem}; because {rule.reason}")
     return errors, warnings
+
+
+def broken(case: Case) -> set[str]:
+    """The names of the rules that a tier breaks."""
+    return {rule.name for rule in RULES if rule.level == "error" and any(True for _ in rule.find(case))}
 
 
 def table() -> str:

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+from pathlib import Path
 from typing import Any
 
+import yaml
+
+ROOT = Path(__file__).resolve().parents[2]
 SHA256 = "0123456789abcdef" * 4
 
 
@@ -121,4 +126,32 @@ def site() -> dict[str, Any]:
                 "kv_cache": {"k": "q4_0", "v": "f16"},
             },
         ],
+    }
+
+
+def beefcake2() -> dict[str, Any]:
+    """The first cluster's inventory as its templates make it, with stand-ins for what a site has to fill in."""
+    folder = ROOT / "inventories/beefcake2"
+    variables: dict[str, Any] = {}
+    for name in ("cluster", "engine", "models", "slurm", "tiers"):
+        variables.update(yaml.safe_load((folder / f"group_vars/all/{name}.yml").read_text()))
+    cluster = yaml.safe_load((folder / "hosts.yml").read_text())["all"]["children"]["cluster"]["children"]
+    nodes = cluster["slurm_nodes"]
+    return {
+        **{key: variables[key] for key in ("cluster_name", "controller", "service_user", "shared_dir", "tiers")},
+        "inventory_dir": str(folder),
+        "llama_cpp": {
+            **{key: variables[f"llama_cpp_{key}"] for key in ("version", "backend", "flash_attention")},
+            "cuda_architectures": variables["llama_cpp_cuda_architectures"],
+            "source": {"url": "https://source.example/llama.cpp.tar.gz", "sha256": SHA256},
+        },
+        "slurm": {key: variables[f"slurm_{key}"] for key in ("ai_partition", "ai_qos", "ai_account", "grace_seconds")},
+        "models": [{**model, "source": "https://models.example", "sha256": SHA256} for model in variables["models"]],
+        "nodes": {
+            name: {
+                key: copy.deepcopy({**nodes["vars"], **host}[key])
+                for key in ("cluster_address", "rpc_address", "cpus", "memory_mib", "gpus")
+            }
+            for name, host in nodes["hosts"].items()
+        },
     }
