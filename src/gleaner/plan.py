@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -56,13 +55,17 @@ def _cpus(tier: Tier, nodes: Sequence[Node]) -> int:
 # Rows of the table: one for each device and each host, in MiB.
 
 
-def _row(device: str, layers: str, use: memory.Use, limit: int) -> dict[str, Any]:
-    parts = {key: mib(getattr(use, key)) for key in ("weights", "kv", "compute", "other")}
-    total = sum(parts.values())
+def _total_mib(use: memory.Use) -> int:
+    """The total as tables show it, and as it is held against limits: the sum of parts, each in whole MiB."""
+    return sum(mib(part) for part in dataclasses.astuple(use))
+
+
+def row_of(device: str, layers: str, use: memory.Use, limit: int) -> dict[str, Any]:
+    total = _total_mib(use)
     return {
         "device": device,
         "layers": layers,
-        **parts,
+        **{key: mib(part) for key, part in dataclasses.asdict(use).items()},
         "total": total,
         "limit": limit,
         "headroom": limit - total,
@@ -146,8 +149,8 @@ def _router_rows(site: Site, tier: Tier, loaded: Sequence[_Loaded]) -> Iterator[
     for name in tier.nodes:
         node = site.nodes[name]
         if cuda:
-            yield name, _row(f"{name} gpu0", "all", _sum(one.device for one in heaviest), node.gpus[0].free_mib)
-        yield name, _row(f"{name} host", "" if cuda else "all", host, node.memory_mib)
+            yield name, row_of(f"{name} gpu0", "all", _sum(one.device for one in heaviest), node.gpus[0].free_mib)
+        yield name, row_of(f"{name} host", "" if cuda else "all", host, node.memory_mib)
 
 
 def _router_host(tier: Tier, loaded: Sequence[_Loaded]) -> memory.Use:
@@ -178,38 +181,38 @@ def _gpu_problems(
 ) -> Iterator[Problem]:
     def needed(names: Iterable[str], context_tokens: int) -> int:
         smaller = dataclasses.replace(tier, context_tokens=context_tokens)
-        return sum(_device_mib(site, smaller, name) for name in names)
+        return _total_mib(_sum(_device_use(site, smaller, name) for name in names))
 
     def largest(*names: str) -> int:
         return _largest_context(lambda context: needed(names, context) <= limit, tier.context_tokens)
 
-    alone = [one for one in uses if mib(one.device.total) > limit]
+    alone = [one for one in uses if _total_mib(one.device) > limit]
     for one in alone:
         context = largest(one.model)
         yield Problem(
             f"{variable}.context_tokens",
-            f"{tier.context_tokens}, with which {one.model} needs {mib(one.device.total)} MiB",
+            f"{tier.context_tokens}, with which {one.model} needs {_total_mib(one.device)} MiB",
             f"at most {limit} MiB, the GPU of {node}",
             (f"context_tokens: {context}, or " if context else "") + "take the model out of this tier (tiers[].models)",
         )
     most = uses[: tier.models_max]
-    totals = list(itertools.accumulate(mib(one.device.total) for one in most))
+    totals = [_total_mib(_sum(one.device for one in most[: count + 1])) for count in range(len(most))]
     if not alone and totals[-1] > limit:
         context = largest(*(one.model for one in most))
+        each = ", ".join(f"{one.model} {_total_mib(one.device)} MiB" for one in most)
         yield Problem(
             f"{variable}.models_max",
-            f"{tier.models_max}, which can be {', '.join(f'{one.model} {mib(one.device.total)} MiB' for one in most)}: "
-            f"{totals[-1]} MiB",
+            f"{tier.models_max}, which can be {each}: {totals[-1]} MiB",
             f"at most {limit} MiB, the GPU of {node}",
             f"models_max: {sum(total <= limit for total in totals)}"
             + (f", or context_tokens: {context}" if context else ""),
         )
 
 
-def _device_mib(site: Site, tier: Tier, model: str) -> int:
+def _device_use(site: Site, tier: Tier, model: str) -> memory.Use:
     """What a model takes of a router tier's GPU with the smallest micro-batch that the tier allows."""
     batch = batch_of(site, tier, _ubatches(tier)[-1])
-    return mib(_loaded(site.models[model], tier, batch, cuda=True).device.total)
+    return _loaded(site.models[model], tier, batch, cuda=True).device
 
 
 def _largest_context(fits: Callable[[int], bool], most: int) -> int:
@@ -241,7 +244,7 @@ def _plan_router(site: Site, index: int, tier: Tier) -> tuple[dict[str, Any], li
         return _base(site, tier, tier.memory_mib, warnings), found
     for ubatch_tokens in _ubatches(tier):
         loaded = [_loaded(model, tier, batch_of(site, tier, ubatch_tokens), cuda) for model in models]
-        planned = _row("", "", _router_host(tier, loaded), 0)["total"]
+        planned = _total_mib(_router_host(tier, loaded))
         mem_mib = tier.memory_mib or planned
         misfits = list(_router_problems(site, index, tier, loaded, mem_mib))
         if not misfits:
@@ -264,35 +267,39 @@ def _plan_router(site: Site, index: int, tier: Tier) -> tuple[dict[str, Any], li
 
 
 @dataclass(frozen=True)
-class _Slot:
+class Slot:
     """One device of a layer-split tier, in llama.cpp's order."""
 
+    name: str
     node: str
-    gpu: int | None
     limit_mib: int
     device: Device
 
-    @property
-    def name(self) -> str:
-        return f"{self.node} cpu" if self.gpu is None else f"{self.node} gpu{self.gpu}"
-
 
 @dataclass(frozen=True)
-class _Split:
+class Split:
     """A model laid over the devices of a tier: slots of each, and what each takes."""
 
-    slots: tuple[_Slot, ...]
+    slots: tuple[Slot, ...]
     counts: tuple[int, ...]
     uses: tuple[memory.Use, ...]
 
     @property
     def fits(self) -> bool:
-        return all(_row("", "", use, slot.limit_mib)["headroom"] >= 0 for slot, use in zip(self.slots, self.uses))
+        return all(_total_mib(use) <= slot.limit_mib for slot, use in zip(self.slots, self.uses))
 
-    def layers(self, n_layers: int) -> list[str]:
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """One row for each device of the tier; the head's CPU has none."""
+        return [
+            row_of(slot.name, layers, use, slot.limit_mib)
+            for slot, layers, use in zip(self.slots, self._layers(), self.uses)
+        ]
+
+    def _layers(self) -> list[str]:
         """For each device, its layers in words: ``0-26``, ``54-79 + output``."""
         words = []
-        first = 0
+        first, n_layers = 0, sum(self.counts) - 1
         for count in self.counts:
             last = min(first + count, n_layers) - 1
             some = f"{first}-{last}" if last > first else f"{first}" if last == first else ""
@@ -303,19 +310,21 @@ class _Split:
         return words
 
 
-def _slots(site: Site, tier: Tier) -> tuple[_Slot, ...]:
+def _slots(site: Site, tier: Tier) -> tuple[Slot, ...]:
     """The devices of a tier: those of the workers first, then the head's own, which only CUDA gives it."""
     cuda = site.engine.backend == "cuda"
     if not cuda:
-        return tuple(_Slot(name, None, site.nodes[name].memory_mib, Device(remote=True)) for name in tier.workers)
+        return tuple(
+            Slot(f"{name} cpu", name, site.nodes[name].memory_mib, Device(remote=True)) for name in tier.workers
+        )
     return tuple(
-        _Slot(name, index, gpu.free_mib, Device(cuda=True, remote=name != tier.head))
+        Slot(f"{name} gpu{index}", name, gpu.free_mib, Device(cuda=True, remote=name != tier.head))
         for name in (*tier.workers, tier.head)
         for index, gpu in enumerate(site.nodes[name].gpus[: tier.gpus_per_node])
     )
 
 
-def _split(facts: Mapping[str, Any], batch: Batch, slots: Sequence[_Slot], *, quick: bool = False) -> _Split:
+def lay_out(facts: Mapping[str, Any], batch: Batch, slots: Sequence[Slot], *, quick: bool = False) -> Split:
     """The split that fills the fullest device least. ``quick`` computes it with a sketch of the model.
 
     Raises ValueError for more devices than slots of the model.
@@ -323,7 +332,7 @@ def _split(facts: Mapping[str, Any], batch: Batch, slots: Sequence[_Slot], *, qu
     devices = [*(slot.device for slot in slots), Device()]
     limits = [slot.limit_mib * MIB for slot in slots]
     # A device without a layer has no attention to compute: what devices need is taken from a split that has some.
-    spare = int(facts["n_layers"] >= len(slots))
+    spare = int(facts["n_layers"] >= max(len(slots), 2))
     first = placement.slots_of_counts(placement.split_by_memory(facts["n_layers"] - spare, limits))
     first += first[-1:] * spare
     fixed = architectures.compute_bytes(*_sketched(facts, batch, first), devices)
@@ -341,7 +350,7 @@ def _split(facts: Mapping[str, Any], batch: Batch, slots: Sequence[_Slot], *, qu
     places = placement.slots_of_counts(counts)
     sketched = _sketched(facts, batch, places) if quick else (facts, batch, places)
     compute = architectures.compute_bytes(*sketched, devices)
-    return _Split(tuple(slots), tuple(counts), tuple(memory.uses_with(facts, batch, places, devices, compute)))
+    return Split(tuple(slots), tuple(counts), tuple(memory.uses_with(facts, batch, places, devices, compute)))
 
 
 def _sketched(
@@ -351,7 +360,7 @@ def _sketched(
     return small, batch, few
 
 
-def head_args(site: Site, tier: Tier, split: _Split, cpus: int, ubatch_tokens: int) -> list[str]:
+def head_args(site: Site, tier: Tier, split: Split, cpus: int, ubatch_tokens: int) -> list[str]:
     """Arguments of the head's ``llama-server``, without --host and --port, which the agent adds."""
     endpoints = ",".join(f"{site.nodes[name].rpc_address}:{site_model.RPC_PORT}" for name in tier.workers)
     args = ["--model", f"{MODELS_DIR}/{tier.model}.gguf", "--alias", tier.model]
@@ -363,7 +372,7 @@ def head_args(site: Site, tier: Tier, split: _Split, cpus: int, ubatch_tokens: i
     return [*args, "--offline", "--no-ui", *tier.server_args]
 
 
-def _split_hosts(site: Site, tier: Tier, model: Model, batch: Batch, split: _Split) -> Iterator[tuple[str, memory.Use]]:
+def _split_hosts(site: Site, tier: Tier, model: Model, batch: Batch, split: Split) -> Iterator[tuple[str, memory.Use]]:
     """Host memory of each node's part of the job. On CUDA weights pass through the page cache, so they count."""
     facts, cuda = model.facts, site.engine.backend == "cuda"
     head_cpu = split.uses[-1]
@@ -393,12 +402,18 @@ class _Wish:
     def ubatch(self, site: Site, model: Model) -> int | None:
         """The largest micro-batch with which it fits; None when it does not."""
         slots = _slots(site, self.tier)
-        if len(slots) > model.facts["n_layers"] + 1:
-            return None
         for size in _ubatches(self.tier):
-            if _split(model.facts, self.batch(site, size), slots, quick=True).fits:
+            batch = self.batch(site, size)
+            if all(lay_out(model.facts, batch, slots, quick=quick).fits for quick in (True, False)):
                 return size
         return None
+
+    def broken(self, site: Site, model: Model, ubatch_tokens: int) -> set[str]:
+        """The names of the rules that it breaks."""
+        engine = dataclasses.replace(site.engine, flash_attention=self.flash_attention)
+        changed = dataclasses.replace(site, engine=engine, tiers={**site.tiers, self.tier.name: self.tier})
+        index = list(site.tiers).index(self.tier.name)
+        return rules.broken(rules.Case(changed, index, self.tier, (model,), ubatch_tokens))
 
     def largest(self, site: Site, model: Model) -> list[_Wish]:
         """The same with the largest context that fits and, where that reads prompts slowly, with half of it or less.
@@ -449,11 +464,15 @@ def _wishes(site: Site, tier: Tier, model: Model, *, fits: bool) -> Iterator[tup
 
 
 def _alternatives(site: Site, tier: Tier, model: Model, *, fits: bool) -> list[dict[str, Any]]:
-    """Choices where a wish cannot be had: what else fits on the tier's nodes, and what leaves nodes to others."""
+    """Choices where a wish cannot be had: what else fits on the tier's nodes, and what leaves nodes to others.
+
+    None of them breaks a rule that the wish itself does not break.
+    """
     found: dict[str, dict[str, Any]] = {}
+    broken = _Wish(tier, site.engine.flash_attention).broken(site, model, _ubatches(tier)[-1])
     for what, wish in _wishes(site, tier, model, fits=fits):
         ubatch_tokens = wish.ubatch(site, model)
-        if ubatch_tokens is None:
+        if ubatch_tokens is None or wish.broken(site, model, ubatch_tokens) - broken:
             continue
         choice = {
             "context_tokens": wish.tier.context_tokens,
@@ -486,13 +505,14 @@ def _plan_layer_split(site: Site, index: int, tier: Tier) -> tuple[dict[str, Any
     slots = _slots(site, tier)
     wish = _Wish(tier, site.engine.flash_attention)
     found: list[Problem] = []
-    if len(slots) > facts["n_layers"] + 1:
+    most = min(facts["n_layers"] + 1, placement.MAX_DEVICES)
+    if len(slots) > most:
         found.append(
             Problem(
                 f"{variable}.workers",
                 f"{len(slots)} devices for the {facts['n_layers']} layers of {model.name} and its output",
-                "at most one device a layer",
-                "fewer workers",
+                f"at most {most}: one device a layer, and no more than llama.cpp takes",
+                "fewer workers, or fewer gpus_per_node",
             )
         )
     known = architectures.unknown(facts) is None
@@ -503,9 +523,9 @@ def _plan_layer_split(site: Site, index: int, tier: Tier) -> tuple[dict[str, Any
         return _base(site, tier, tier.memory_mib, warnings), [*found, *broken]
 
     batch = batch_of(site, tier, ubatch_tokens)
-    split = _split(facts, batch, slots)
+    split = lay_out(facts, batch, slots)
     hosts = [
-        _row(f"{name} host", "", use, site.nodes[name].memory_mib)
+        row_of(f"{name} host", "", use, site.nodes[name].memory_mib)
         for name, use in _split_hosts(site, tier, model, batch, split)
     ]
     planned = max(row["total"] for row in hosts)
@@ -516,10 +536,7 @@ def _plan_layer_split(site: Site, index: int, tier: Tier) -> tuple[dict[str, Any
         )
     warnings.append("not served yet: this version makes no job for a layer-split tier")
     alternatives = _alternatives(site, tier, model, fits=split.fits)
-    rows = [
-        _row(slot.name, layers, use, slot.limit_mib)
-        for slot, layers, use in zip(slots, split.layers(facts["n_layers"]), split.uses)
-    ]
+    rows = split.rows
     for row in rows:
         if row["headroom"] < 0:
             found.append(

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from gleaner import memory, plan
 from gleaner import site as site_model
@@ -219,6 +221,197 @@ def test_an_architecture_that_is_not_known_is_refused_by_name() -> None:
     value["tiers"] = [{**sites.site()["tiers"][1], "model": "odd"}]
     (problem,) = plan.problems(value, headers)
     assert problem.got.startswith("architecture novel")
+
+
+def split_site(facts: dict[str, Any], gpu_mib: int = 32768, **tier: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A site of one layer-split tier over two nodes with a GPU each, and its header."""
+    value = sites.site()
+    for node in value["nodes"].values():
+        node["gpus"][0]["memory_mib"] = gpu_mib
+    value["models"] = [sites.model("large")]
+    value["tiers"] = [{**value["tiers"][1], "workers": ["vasp-02"], **tier}]
+    return value, {"large": facts}
+
+
+def test_what_the_table_calls_too_large_is_refused_and_nothing_else() -> None:
+    """Each part is shown in whole MiB, so the total in the table can be more than the bytes; limits are held to it."""
+    facts = sites.facts()
+    facts["tensor_bytes"].update(per_layer=[8 * 2**20 + 100] * 4, total=38 * 2**20 + 400)
+    value, headers = site_with(small=facts)
+    model = read(value, headers)
+    loaded = plan._loaded(
+        model.models["small"], model.tiers["fast"], plan.batch_of(model, model.tiers["fast"], 16), True
+    )
+    gpu = value["nodes"]["vasp-02"]["gpus"][0]
+    value["tiers"][0]["ubatch_tokens"] = 16
+    (row, _) = plan.plan_tier(value, "fast", headers)["memory"]
+    assert memory.mib(loaded.device.total) < row["total"]
+    gpu["memory_mib"] = row["total"]
+    assert plan.plan_tier(value, "fast", headers)["memory"][0]["verdict"] == "fits"
+    gpu["memory_mib"] = row["total"] - 1
+    (problem,) = plan.problems(value, headers)
+    assert problem.got == f"4096, with which small needs {row['total']} MiB"
+
+
+def test_several_models_are_held_to_the_total_of_the_table() -> None:
+    value, headers = site_with(a=sites.facts(), b=sites.facts(), c=sites.facts())
+    value["tiers"][0].update(ubatch_tokens=16, models_max=3)
+    gpu = value["nodes"]["vasp-02"]["gpus"][0]
+    total = plan.plan_tier(value, "fast", headers)["memory"][0]["total"]
+    gpu["memory_mib"] = total
+    assert plan.problems(value, headers) == []
+    gpu["memory_mib"] = total - 1
+    (problem,) = plan.problems(value, headers)
+    assert problem.got.endswith(f": {total} MiB")
+    assert problem.cure.startswith("models_max: 2")
+
+
+def test_a_micro_batch_is_taken_only_if_the_whole_model_fits_with_it() -> None:
+    """The sketch of this shape has a smaller hole in a buffer than the model: 783 against 793 MiB with 512 tokens."""
+    facts = sites.facts(
+        architecture="gemma3",
+        n_layers=17,
+        n_embd=3200,
+        n_ff=6144,
+        n_head=8,
+        n_head_kv=4,
+        head_dim_k=256,
+        head_dim_v=256,
+        n_vocab=262144,
+        sliding_window=1024,
+        tensor_bytes={"total": 19 * 2**20, "token_embd": 2**20, "output": 2**20, "per_layer": [2**20] * 17},
+    )
+    wish: dict[str, Any] = {"context_tokens": 4096, "kv_cache": {"k": "q4_0", "v": "f16"}}
+    value, headers = split_site(facts, **wish)
+    model = read(value, headers)
+    tier = model.tiers["reasoning"]
+    batch, slots = plan.batch_of(model, tier, 512), plan._slots(model, tier)
+    quick, whole = (plan.lay_out(facts, batch, slots, quick=quick).rows for quick in (True, False))
+    limit = quick[0]["total"]
+    assert limit < whole[0]["total"]
+    value, headers = split_site(facts, limit, **wish)
+    got = plan.plan_tier(value, "reasoning", headers)
+    assert options(got["server"]["args"])["--ubatch-size"] == "256"
+    assert {row["verdict"] for row in got["memory"]} == {"fits"}
+
+
+@pytest.mark.parametrize("backend", ["cpu", "cuda"])
+@pytest.mark.parametrize("layers", [1, 2, 3])
+def test_a_model_of_hardly_a_layer_is_split_too(backend: str, layers: int) -> None:
+    sizes = {"total": 20 * 2**20, "token_embd": 2**20, "output": 2**20, "per_layer": [2**20] * layers}
+    value, headers = split_site(sites.facts(n_layers=layers, tensor_bytes=sizes))
+    value["llama_cpp"]["backend"] = backend
+    got = plan.plan_tier(value, "reasoning", headers)
+    assert sum(got["tensor_split"]) == layers + 1
+    assert got["memory"][-1]["verdict"] == "fits"
+
+
+def test_more_devices_than_llama_cpp_takes_or_layers_are_refused() -> None:
+    sizes = {"total": 50 * 2**20, "token_embd": 2**20, "output": 2**20, "per_layer": [2**20] * 40}
+    value, headers = split_site(sites.facts(n_layers=40, tensor_bytes=sizes), gpus_per_node=9)
+    for node in value["nodes"].values():
+        node["gpus"] *= 9
+    (problem,) = plan.problems(value, headers)
+    assert str(problem) == (
+        "tiers[0].workers = 18 devices for the 40 layers of large and its output; wanted at most 16: one device a "
+        "layer, and no more than llama.cpp takes; cure: fewer workers, or fewer gpus_per_node"
+    )
+    value["tiers"][0]["gpus_per_node"] = 8
+    assert plan.problems(value, headers) == []
+    value, headers = split_site(sites.facts(), gpus_per_node=3)
+    for node in value["nodes"].values():
+        node["gpus"] *= 3
+    (problem,) = plan.problems(value, headers)
+    assert problem.wanted.startswith("at most 5: ")
+
+
+def test_no_choice_is_offered_that_would_be_refused() -> None:
+    """Heads of 48 elements are too odd for a quantised cache, and for CUDA's flash attention."""
+    sizes = {"total": 50 * 2**20, "token_embd": 2**20, "output": 2**20, "per_layer": [2**20] * 40}
+    for head, offered in ((48, {"f16"}), (64, {"f16", "q8_0", "q4_0"})):
+        facts = sites.facts(n_layers=40, n_head=32, n_head_kv=32, head_dim_k=head, head_dim_v=head, tensor_bytes=sizes)
+        wish: dict[str, Any] = {"context_tokens": 131072, "ubatch_tokens": 16, "kv_cache": {"k": "f16", "v": "f16"}}
+        value, headers = split_site(facts, 16000, **wish)
+        value["tiers"][0]["workers"] = ["vasp-02", "vasp-03"]
+        whole = read(value, headers)
+        choices = plan._alternatives(whole, whole.tiers["reasoning"], whole.models["large"], fits=False)
+        assert {choice["kv_cache"]["k"] for choice in choices} == offered
+        for choice in choices:
+            keys = ("context_tokens", "ubatch_tokens", "kv_cache", "workers")
+            changed = {**value["tiers"][0], **{key: choice[key] for key in keys}}
+            engine = {**value["llama_cpp"], "flash_attention": choice["flash_attention"]}
+            other = {**value, "tiers": [changed], "llama_cpp": engine}
+            assert plan.problems(other, headers) == [], choice
+
+
+MODELS: dict[str, dict[str, Any]] = {
+    "small": sites.facts(),
+    "odd-heads": sites.facts(head_dim_k=48, head_dim_v=48),
+    "novel": sites.facts(architecture="novel"),
+    "one-layer": sites.facts(n_layers=1, tensor_bytes={**sites.facts()["tensor_bytes"], "per_layer": [2**20]}),
+    "windowed": GEMMA,
+    "heavy": sites.facts(
+        n_layers=10,
+        n_head=32,
+        tensor_bytes={"total": 22 * 2**30, "token_embd": 2**30, "output": 2**30, "per_layer": [2 * 2**30] * 10},
+    ),
+}
+
+
+@st.composite
+def any_site(draw: st.DrawFn) -> dict[str, Any]:
+    """A site that ``gleaner.site`` has nothing against: one tier of each kind, with any wishes, on any devices."""
+    value = sites.site()
+    value["llama_cpp"].update(backend=draw(st.sampled_from(["cpu", "cuda"])), flash_attention=draw(st.booleans()))
+    value["models"] = [sites.model(name) for name in MODELS]
+    gpus = draw(st.integers(1, 3))
+    for node in value["nodes"].values():
+        node["memory_mib"] = draw(st.integers(500, 100_000))
+        node["gpus"] = [
+            {"model": "v100s", "numa_node": 0, "memory_mib": draw(st.integers(600, 33_000))} for _ in range(gpus)
+        ]
+    types = st.sampled_from(["f16", "q8_0", "q4_0"])
+    for tier in value["tiers"]:
+        tier.update(
+            context_tokens=draw(st.integers(1, 100_000)),
+            parallel=draw(st.integers(1, 3)),
+            gpus_per_node=draw(st.integers(1, gpus)),
+            kv_cache={"k": draw(types), "v": draw(types)},
+            ubatch_tokens=draw(st.none() | st.integers(1, 600)),
+        )
+    fast, reasoning = value["tiers"]
+    fast.update(
+        models=draw(st.lists(st.sampled_from(sorted(MODELS)), min_size=1, max_size=3, unique=True)),
+        models_max=draw(st.integers(1, 3)),
+        nodes=draw(st.lists(st.sampled_from(sorted(value["nodes"])), min_size=1, unique=True)),
+    )
+    reasoning.update(
+        model=draw(st.sampled_from(sorted(MODELS))),
+        workers=draw(st.lists(st.sampled_from(["vasp-02", "vasp-03"]), min_size=1, unique=True)),
+    )
+    return value
+
+
+@settings(deadline=None, max_examples=30)
+@given(any_site())
+def test_whatever_is_wished_is_planned_or_refused_and_choices_can_be_had(value: dict[str, Any]) -> None:
+    assert site_model.problems(value, MODELS) == []
+    found = plan.problems(value, MODELS)
+    assert all(problem.variable and problem.got and problem.wanted and problem.cure for problem in found)
+    whole = read(value, MODELS)
+    for name in whole.tiers:
+        planned, refused = plan._plan(whole, name)
+        assert refused or planned["memory"]
+        too_large = {row["device"] for row in planned["memory"] if row["verdict"] != "fits"}
+        assert refused or not too_large
+        # Where a context is all that is wrong, each choice is without problems.
+        if {problem.variable for problem in refused} <= {"tiers[1].context_tokens"}:
+            for choice in planned["alternatives"]:
+                keys = ("context_tokens", "ubatch_tokens", "kv_cache", "workers")
+                changed = {**value["tiers"][1], **{key: choice[key] for key in keys}}
+                engine = {**value["llama_cpp"], "flash_attention": choice["flash_attention"]}
+                other = {**value, "tiers": [value["tiers"][0], changed], "llama_cpp": engine}
+                assert plan._plan(read(other, MODELS), name)[1] == [], choice
 
 
 def test_plan_is_json_in_a_fixed_order() -> None:
