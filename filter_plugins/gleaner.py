@@ -10,7 +10,7 @@ from typing import Any
 # Ansible loads this file by its path and knows nothing of src/.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
-from gleaner import plan, site, slurmconf
+from gleaner import plan, site, sizing, slurmconf
 
 _NODE_VARIABLES = ("cluster_address", "rpc_address", "cpus", "memory_mib", "gpus", "sockets", "threads_per_core")
 
@@ -53,6 +53,14 @@ def site_problems(value: Mapping[str, Any]) -> list[dict[str, str]]:
 def tier_plan(value: Mapping[str, Any], tier: str) -> dict[str, Any]:
     whole = _plain(value)
     return plan.plan_tier(whole, str(tier), site.read_headers(whole))
+
+
+def tensor_split(value: int, memory: Iterable[float]) -> dict[str, Any]:
+    return sizing.tensor_split(_plain(value), _plain(memory))
+
+
+def memory_plan(value: Mapping[str, Any], wishes: Mapping[str, Any], devices: Iterable[Any]) -> dict[str, Any]:
+    return sizing.memory_plan(_plain(value), _plain(wishes), _plain(devices))
 
 
 def site_plans(value: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -105,6 +113,7 @@ def slurm_accounting_policy(
 class FilterModule:
     def filters(self) -> dict[str, Any]:
         return {
+            "memory_plan": memory_plan,
             "node_models": node_models,
             "plan_table": plan_table,
             "site_nodes": site_nodes,
@@ -116,5 +125,6 @@ class FilterModule:
             "slurm_policy_gap": slurm_policy_gap,
             "slurm_preemption_settings": slurm_preemption_settings,
             "slurm_version_of": slurm_version_of,
+            "tensor_split": tensor_split,
             "tier_plan": tier_plan,
         }

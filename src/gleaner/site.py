@@ -201,7 +201,7 @@ _COMMON_TIER_KEYS = (
     "server_args",
 )
 _KIND_KEYS = {"router": ("nodes", "models", "models_max"), "layer_split": ("head", "workers", "model")}
-_TIER_WHOLES = {
+TIER_WHOLES = {
     # key: (least, most, the value to start from)
     "gateway_port": (1024, 65535, "8080"),
     "priority": (0, 2**31 - 1, "10"),
@@ -281,7 +281,7 @@ def _show(value: object) -> str:
 
 
 def _word(value: object) -> str:
-    return value[:128] if isinstance(value, str) else _show(value)
+    return value[:128] if isinstance(value, str) and value.isprintable() else _show(value)
 
 
 def _nearest(word: object, choices: Iterable[str]) -> str | None:
@@ -298,7 +298,7 @@ def _sequence(value: object) -> bool:
 
 
 @dataclass
-class _Checker:
+class Checker:
     """Collects problems; each check returns the value when it is good, else None."""
 
     found: list[Problem] = field(default_factory=list)
@@ -365,7 +365,7 @@ class _Checker:
         return None
 
 
-def _check_names(check: _Checker, site: Mapping[str, Any]) -> None:
+def _check_names(check: Checker, site: Mapping[str, Any]) -> None:
     check.text(
         site.get("cluster_name", _MISSING),
         "cluster_name",
@@ -420,7 +420,7 @@ def _check_names(check: _Checker, site: Mapping[str, Any]) -> None:
         )
 
 
-def _check_slurm(check: _Checker, value: object) -> int | None:
+def _check_slurm(check: Checker, value: object) -> int | None:
     """Checks ``slurm_ai_*`` and returns the grace."""
     slurm = check.mapping(value, "slurm")
     check.keys(slurm, ("ai_partition", "ai_qos", "ai_account", "grace_seconds"), "slurm.")
@@ -442,7 +442,7 @@ def _check_slurm(check: _Checker, value: object) -> int | None:
     return check.whole(slurm.get("grace_seconds", _MISSING), "slurm_grace_seconds", STOP_SECONDS + 1, 3600, "30")
 
 
-def _check_source_url(check: _Checker, value: object, variable: str) -> None:
+def _check_source_url(check: Checker, value: object, variable: str) -> None:
     if isinstance(value, str):
         for scheme in ("https://", "file:///"):
             if value.startswith(scheme) and _URL_TAIL.fullmatch(value[len(scheme) :]):
@@ -455,11 +455,11 @@ def _check_source_url(check: _Checker, value: object, variable: str) -> None:
     )
 
 
-def _check_sha256(check: _Checker, value: object, variable: str, what: str) -> None:
+def _check_sha256(check: Checker, value: object, variable: str, what: str) -> None:
     check.text(value, variable, _SHA256, "64 lower-case hexadecimal digits", f"write the sha256sum of {what}")
 
 
-def _check_engine(check: _Checker, value: object) -> None:
+def _check_engine(check: Checker, value: object) -> None:
     engine = check.mapping(value, "llama_cpp")
     check.keys(engine, ("version", "backend", "flash_attention", "cuda_architectures", "source"), "llama_cpp.")
     check.text(
@@ -504,7 +504,7 @@ def _check_engine(check: _Checker, value: object) -> None:
         )
 
 
-def _check_gpus(check: _Checker, value: object, host: str) -> int | None:
+def _check_gpus(check: Checker, value: object, host: str) -> int | None:
     if not _sequence(value):
         check.add(
             f"{host}.gpus",
@@ -543,7 +543,7 @@ class _NodeFacts:
     gpus: int | None
 
 
-def _check_nodes(check: _Checker, value: object) -> dict[str, _NodeFacts]:
+def _check_nodes(check: Checker, value: object) -> dict[str, _NodeFacts]:
     nodes = check.mapping(value, "groups['slurm_nodes']")
     if not nodes and isinstance(value, Mapping):
         check.add(
@@ -586,7 +586,7 @@ def _check_nodes(check: _Checker, value: object) -> dict[str, _NodeFacts]:
     return known
 
 
-def _check_unique(check: _Checker, seen: dict[Any, str], value: object, variable: str, what: str) -> None:
+def _check_unique(check: Checker, seen: dict[Any, str], value: object, variable: str, what: str) -> None:
     if not isinstance(value, (str, int)):
         return
     first = seen.setdefault(value, variable)
@@ -599,7 +599,7 @@ def _check_unique(check: _Checker, seen: dict[Any, str], value: object, variable
         )
 
 
-def _check_model(check: _Checker, item: object, variable: str, headers: Headers) -> str | None:
+def _check_model(check: Checker, item: object, variable: str, headers: Headers) -> str | None:
     model = check.mapping(item, variable)
     if not isinstance(item, Mapping):
         return None
@@ -637,7 +637,7 @@ def _check_model(check: _Checker, item: object, variable: str, headers: Headers)
     return name
 
 
-def _check_header(check: _Checker, model: Mapping[str, Any], name: str | None, variable: str, headers: Headers) -> None:
+def _check_header(check: Checker, model: Mapping[str, Any], name: str | None, variable: str, headers: Headers) -> None:
     header = model.get("header", _MISSING)
     stem = name or "MODEL"
     cure = f"gleaner gguf inspect {stem}.gguf --output models/{stem}.json, in the inventory's folder"
@@ -672,7 +672,7 @@ def _check_header(check: _Checker, model: Mapping[str, Any], name: str | None, v
         )
 
 
-def _check_models(check: _Checker, value: object, headers: Headers) -> set[str]:
+def _check_models(check: Checker, value: object, headers: Headers) -> set[str]:
     names: set[str] = set()
     seen: dict[Any, str] = {}
     for index, item in enumerate(check.items(value, "models")):
@@ -683,7 +683,7 @@ def _check_models(check: _Checker, value: object, headers: Headers) -> set[str]:
     return names
 
 
-def _check_host(check: _Checker, value: object, variable: str, nodes: Mapping[str, _NodeFacts]) -> str | None:
+def _check_host(check: Checker, value: object, variable: str, nodes: Mapping[str, _NodeFacts]) -> str | None:
     if isinstance(value, str) and value in nodes:
         return value
     near = _nearest(value, nodes) if isinstance(value, str) else None
@@ -697,7 +697,7 @@ def _check_host(check: _Checker, value: object, variable: str, nodes: Mapping[st
     return None
 
 
-def _check_model_name(check: _Checker, value: object, variable: str, models: set[str]) -> None:
+def _check_model_name(check: Checker, value: object, variable: str, models: set[str]) -> None:
     if isinstance(value, str) and value in models:
         return
     near = _nearest(value, models) if isinstance(value, str) else None
@@ -710,7 +710,7 @@ def _check_model_name(check: _Checker, value: object, variable: str, models: set
 
 
 def _check_tier_nodes(
-    check: _Checker, tier: Mapping[str, Any], prefix: str, kind: str, nodes: Mapping[str, _NodeFacts]
+    check: Checker, tier: Mapping[str, Any], prefix: str, kind: str, nodes: Mapping[str, _NodeFacts]
 ) -> None:
     places: list[tuple[str, object]] = []
     if kind == "router":
@@ -743,7 +743,7 @@ def _check_tier_nodes(
         _check_node_holds(check, tier, prefix, name, nodes[name])
 
 
-def _check_node_holds(check: _Checker, tier: Mapping[str, Any], prefix: str, name: str, node: _NodeFacts) -> None:
+def _check_node_holds(check: Checker, tier: Mapping[str, Any], prefix: str, name: str, node: _NodeFacts) -> None:
     gpus = tier.get("gpus_per_node", 1)
     if _whole(gpus) and gpus >= 1 and node.gpus is not None and gpus > node.gpus:
         check.add(
@@ -764,7 +764,7 @@ def _check_node_holds(check: _Checker, tier: Mapping[str, Any], prefix: str, nam
 
 
 def _check_tier(
-    check: _Checker,
+    check: Checker,
     tier: Mapping[str, Any],
     prefix: str,
     nodes: Mapping[str, _NodeFacts],
@@ -796,7 +796,7 @@ def _check_tier(
         "lower-case letters, digits and - (a Slurm job's name)",
         "for example job_name: llama-14b",
     )
-    for key, (least, most, example) in _TIER_WHOLES.items():
+    for key, (least, most, example) in TIER_WHOLES.items():
         value = tier.get(key, _MISSING)
         absent = value is _MISSING or value is None
         if absent and key not in _TIER_REQUIRED:
@@ -835,7 +835,7 @@ def _check_tier(
             _check_model_name(check, name, f"{prefix}.models[{index}]", models)
 
 
-def _check_kv_cache(check: _Checker, tier: Mapping[str, Any], prefix: str) -> None:
+def _check_kv_cache(check: Checker, tier: Mapping[str, Any], prefix: str) -> None:
     if tier.get("kv_cache") is None:
         return
     variable = f"{prefix}.kv_cache"
@@ -845,7 +845,7 @@ def _check_kv_cache(check: _Checker, tier: Mapping[str, Any], prefix: str) -> No
         check.choice(cache.get(key, "f16"), f"{variable}.{key}", KV_TYPES)
 
 
-def _check_server_args(check: _Checker, tier: Mapping[str, Any], prefix: str) -> None:
+def _check_server_args(check: Checker, tier: Mapping[str, Any], prefix: str) -> None:
     if tier.get("server_args") is None:
         return
     for index, value in enumerate(check.items(tier["server_args"], f"{prefix}.server_args")):
@@ -862,7 +862,7 @@ def _check_server_args(check: _Checker, tier: Mapping[str, Any], prefix: str) ->
 
 
 def _check_tiers(
-    check: _Checker,
+    check: Checker,
     value: object,
     nodes: Mapping[str, _NodeFacts],
     models: set[str],
@@ -885,7 +885,7 @@ def problems(site: object, headers: Headers) -> list[Problem]:
     ``headers`` maps model names to header facts, or to why they could not be read (``read_headers``).
     Never raises: a value of a wrong type is a problem like any other.
     """
-    check = _Checker()
+    check = Checker()
     whole = check.mapping(site, "site")
     if not isinstance(site, Mapping):
         return check.found

@@ -310,3 +310,11 @@ def test_docs_have_every_key_of_a_tier_with_its_default() -> None:
         for field in dataclasses.fields(site_model.Tier)
     }
     assert rows == numbers
+
+
+def test_a_key_that_cannot_be_printed_is_shown_in_quotes() -> None:
+    """Each problem is one line, whatever the key."""
+    value = sites.site()
+    value["tiers"][0]["pri\nority"] = 1
+    (problem,) = site_model.problems(value, sites.headers())
+    assert str(problem).startswith("tiers[0].'pri\\nority' = 1; wanted one of name, kind")
