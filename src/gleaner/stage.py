@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import errno
 import fcntl
 import hashlib
@@ -95,6 +96,14 @@ class Spec:
     @property
     def staging(self) -> Path:
         return self.directory / ".staging"
+
+    def wanting(self, pairs: list[str]) -> Spec:
+        """The same folder with other models, each given as ``NAME=SHA256``: enough to check, not to stage."""
+        models = [
+            _model({"name": name, "source": "file:///", "sha256": sha})
+            for name, _, sha in (pair.partition("=") for pair in pairs)
+        ]
+        return dataclasses.replace(self, models=tuple(models))
 
     def path_of(self, name: str) -> Path:
         return self.directory / f"{name}.gguf"
@@ -594,6 +603,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action = actions.add_parser(name, help=summary, description=summary)
         action.add_argument("--spec", type=Path, default=Path("/etc/gleaner/models.json"))
         if name == "check":
+            action.add_argument("--wanted", nargs="*", metavar="NAME=SHA256", help="models, instead of the spec's")
             action.add_argument("--json", action="store_true", help="for programs")
 
 
@@ -602,7 +612,7 @@ def run(args: argparse.Namespace) -> int:
         spec = Spec.load(args.spec)
         if args.action == "stage":
             return stage(spec)
-        found = check(spec)
+        found = check(spec if args.wanted is None else spec.wanting(args.wanted))
     except (StageError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_FAILED

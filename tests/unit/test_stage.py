@@ -51,8 +51,9 @@ class Store:
         )
         return path
 
-    def run(self, action: str, *entries: dict[str, Any]) -> int:
-        return stage.run(SimpleNamespace(action=action, spec=self.spec(*entries), json=False))  # type: ignore[arg-type]
+    def run(self, action: str, *entries: dict[str, Any], wanted: list[str] | None = None) -> int:
+        arguments = SimpleNamespace(action=action, spec=self.spec(*entries), wanted=wanted, json=False)
+        return stage.run(arguments)  # type: ignore[arg-type]
 
     def found(self, *entries: dict[str, Any]) -> dict[str, Any]:
         return stage.check(stage.Spec.load(self.spec(*entries)))
@@ -283,6 +284,23 @@ def test_model_that_the_inventory_no_longer_names_is_removed(store: Store, capsy
     assert store.run("check", store.entry()) == 0
 
 
+def test_what_another_inventory_would_do_is_told_from_names_and_sums(
+    store: Store, capsys: pytest.CaptureFixture[str]
+) -> None:
+    entries = [store.entry(), store.entry("two")]
+    assert store.run("stage", *entries) == 0
+    assert store.run("check", *entries, wanted=[f"one={SHA}", f"two={SHA}"]) == 0
+    capsys.readouterr()
+    assert store.run("check", *entries, wanted=[f"one={'0' * 64}", f"three={SHA}"]) == stage.EXIT_MISSING
+    assert capsys.readouterr().out.splitlines() == [
+        "one has another content than the inventory names, to be replaced",
+        "three is not there, to be staged",
+        "two is no longer in the inventory, to be removed",
+    ]
+    assert store.run("check", *entries, wanted=[]) == stage.EXIT_MISSING
+    assert store.run("check", *entries, wanted=["one"]) == stage.EXIT_REFUSED
+
+
 def test_last_model_of_a_node_is_removed(store: Store) -> None:
     assert store.run("stage", store.entry()) == 0
     assert store.run("stage") == 0
@@ -459,7 +477,7 @@ def test_what_is_no_spec_is_refused_with_the_cure(
     store: Store, text: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     (tmp_path / "spec.json").write_text(text)
-    namespace = SimpleNamespace(action="check", spec=tmp_path / "spec.json", json=False)
+    namespace = SimpleNamespace(action="check", spec=tmp_path / "spec.json", wanted=None, json=False)
     assert stage.run(namespace) == stage.EXIT_REFUSED  # type: ignore[arg-type]
     assert "spec.json: " in capsys.readouterr().err
 
