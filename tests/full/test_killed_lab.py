@@ -63,7 +63,10 @@ def installing_hosts() -> set[int]:
 
 
 def down() -> None:
-    subprocess.run(["make", "down"], cwd=ROOT, env=ENVIRONMENT, check=True, capture_output=True)
+    done = subprocess.run(
+        ["make", "down"], cwd=ROOT, env=ENVIRONMENT, check=False, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.fixture(scope="module", autouse=True)
