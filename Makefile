@@ -65,7 +65,6 @@ bench: .venv/ready
 	$(BIN)/python -m benchmarks.gateway
 	$(OWN_LAB) $(BIN)/python -m benchmarks.bring_up
 
-<<<<<<< ours
 # A search for GGUF headers that break what is claimed of all, written into docs/fuzzing.md.
 SECONDS ?= 600
 fuzz: .venv/fuzz
@@ -73,18 +72,12 @@ fuzz: .venv/fuzz
 	PYTHONPATH=src nice $(BIN)/python -m tests.fuzz.gguf_header --record \
 		--seconds $(SECONDS) --corpus $(GLEANER_CACHE)/fuzz/gguf_header
 
-# What is longer than make test: the first command on a fresh machine with systemd, and make up from nothing.
-test-full: test
-	$(SUDO) tools/fresh_machine
-	$(BIN)/python -m benchmarks.bring_up --rounds 1 --make-up
-	GLEANER_LAB_ID=8 PYTHONPATH=src tools/with_lab $(BIN)/python -m benchmarks.sizing
-=======
 # What is longer than make test; docs/test-full.md lists it.
 test-full: test
 	$(SUDO) tools/fresh_machine
 	$(OWN_LAB) $(BIN)/python -m pytest -v tests/full
 	$(OWN_LAB) $(BIN)/python -m benchmarks.bring_up --rounds 1 --make-up
->>>>>>> theirs
+	GLEANER_LAB_ID=9 PYTHONPATH=src tools/with_lab $(BIN)/python -m benchmarks.sizing
 
 .venv/ready: requirements.txt constraints.txt tools/bootstrap
 	tools/bootstrap .venv
