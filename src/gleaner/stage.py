@@ -201,9 +201,14 @@ def left_over(spec: Spec) -> list[Path]:
 
 
 def foreign(spec: Spec) -> list[Path]:
-    """Model files that we neither staged nor were told of: the router serves them, nobody vouches for them."""
-    known = {f"{name}.gguf" for name in [*(model.name for model in spec.models), *leaving(spec)]}
-    return sorted(path for path in spec.directory.glob("*.gguf") if path.name not in known)
+    """Model files that we neither staged nor were told of: nobody vouches for them."""
+    wanted = {model.name for model in spec.models}
+    visible = {f"{name}.gguf" for name in [*wanted, *leaving(spec)]}
+    return [
+        *sorted(path for path in spec.directory.glob("*.gguf") if path.name not in visible),
+        # Its model left the inventory before it had been read.
+        *(spec.work_file(name, "doubt") for name in spec.named("doubt") if name not in wanted),
+    ]
 
 
 def unlisted(spec: Spec) -> list[str]:

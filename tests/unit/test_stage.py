@@ -251,6 +251,9 @@ def test_interrupted_reading_is_taken_up_again(store: Store, monkeypatch: pytest
         with pytest.raises(KeyboardInterrupt):
             store.run("stage", store.entry())
     assert store.visible == []
+    assert store.run("stage") == 0
+    assert (store.models / ".staging" / "one.doubt").exists()
+    assert store.found()["foreign"] == ["one.doubt"]
     monkeypatch.setattr(stage, "fetch", lambda *_: pytest.fail("fetched"))
     assert store.run("stage", store.entry()) == 0
     assert store.visible == ["one.gguf"]
