@@ -175,7 +175,7 @@ def test_a_job_that_a_person_submits_from_the_current_script_is_the_tiers() -> N
 
 
 def test_a_cancel_of_which_accounting_never_tells_holds_the_tier_and_says_so() -> None:
-    run(CONTROLLER, 'sed -i \'s/"accounting_seconds": [0-9]*/"accounting_seconds": 4/\' /etc/gleaner/keeper.json')
+    run(CONTROLLER, 'sed -i \'s/"accounting_seconds": [0-9]*/"accounting_seconds": 20/\' /etc/gleaner/keeper.json')
     run(CONTROLLER, "systemctl restart gleaner-keeper")
     job = cluster.running_job("llama-second").id
     run(CONTROLLER, "systemctl stop slurmdbd")
@@ -185,7 +185,7 @@ def test_a_cancel_of_which_accounting_never_tells_holds_the_tier_and_says_so() -
         assert f"job {job} was cancelled; asking accounting by whom" in status("second")["why"]
         cluster.wait_until("it is held", lambda: status("second")["state"] == "held", 60)
         why = status("second")["why"]
-        assert why.startswith(f"job {job} was cancelled, and accounting did not say by whom within 4 s (sacct: ")
+        assert why.startswith(f"job {job} was cancelled, and accounting did not say by whom within 20 s (sacct: ")
     finally:
         run(CONTROLLER, "systemctl start slurmdbd")
     job = start_by_hand(SCRIPT)
