@@ -120,7 +120,6 @@ def test_a_model_that_leaves_the_inventory_is_let_go_and_deleted(tmp_path: Path)
         assert cluster.is_whole(answer.result())
     assert refused.failed == {TIER_NODE}, refused.output
     assert f"{source}" in refused.text
-    assert f"{LEAVING} is no longer in the inventory, to be removed" in refused.text
     assert visible() & {f"{name}.gguf" for name in (FRAGILE, LEAVING, STRAY)} == {f"{STRAY}.gguf"}
     assert run(TIER_NODE, f"find /scratch/ai -name '{LEAVING}*'") == ""
     assert not {FRAGILE, LEAVING} & set(cluster.model_states())
