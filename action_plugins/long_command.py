@@ -13,6 +13,9 @@ from ansible.errors import AnsibleActionFail, AnsibleConnectionFailure
 from ansible.plugins.action import ActionBase
 from ansible.utils.display import Display
 
+# As in the module, which is sent to the host and shares no code with this.
+SYSTEMD_RUNS = "/run/systemd/system"
+RUN_DIRECTORY = "/run/gleaner-jobs"
 QUIET_SECONDS = 15.0
 PERCENT_STEP = 5.0
 LINE_WIDTH = 72
@@ -81,8 +84,13 @@ def look_from(text: str) -> Look:
 def look_command(name: str, log: str) -> str:
     """A few small programs and no Python: the host is busy with the command itself."""
     wanted = "LoadState,ActiveState,SubState,Result,ExecMainStatus,ExecMainStartTimestampMonotonic"
+    stand_in = f"{RUN_DIRECTORY}/{shlex.quote(name)}"
     return (
-        f"systemctl show --property={wanted} {shlex.quote(name)}.service; "
+        f"if [ -d {SYSTEMD_RUNS} ]; then systemctl show --property={wanted} {shlex.quote(name)}.service; "
+        # Nobody stays with a command that is still called running: it was killed with all the rest.
+        f"elif flock --nonblock {stand_in}.lock true && grep -q ^SubState=running {stand_in}.unit; then "
+        "echo LoadState=not-found; echo ActiveState=inactive; "
+        f"else cat {stand_in}.unit; fi; "
         "read -r up rest </proc/uptime; echo Uptime=$up; echo --; "
         f"tail -c {LOOK_BYTES} {shlex.quote(log)}"
     )
@@ -221,8 +229,10 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible-core ships no t
     def _end(self, name: str, log: str) -> str:
         """Take the unit away, whose result is known now, and return the end of its log."""
         unit = f"{shlex.quote(name)}.service"
+        stand_in = f"{RUN_DIRECTORY}/{shlex.quote(name)}"
         command = (
-            f"systemctl stop {unit} 2>/dev/null; systemctl reset-failed {unit} 2>/dev/null; "
+            f"if [ -d {SYSTEMD_RUNS} ]; then systemctl stop {unit}; systemctl reset-failed {unit}; "
+            f"else rm -f {stand_in}.unit {stand_in}.lock; fi 2>/dev/null; "
             f"tail -c {FAILURE_BYTES} {shlex.quote(log)}"
         )
         return str(self._low_level_execute_command(command)["stdout"])

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import json
 import os
 import pwd
 import re
+import signal
 import subprocess
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -24,6 +27,7 @@ description:
   - The command outlives a lost connection and an interrupted play. The next run attaches to it instead of
     starting another, and refuses when a unit of that name runs a different command.
   - The output goes to C(/var/log/gleaner/<name>.log) on the host, readable by root, one run at a time.
+  - Where systemd is not PID 1, as on some machines that hold a lab, a small process of its own stands in for the unit.
 author: Gleaner
 options:
   name:
@@ -122,6 +126,7 @@ LOG_DIRECTORY = Path("/var/log/gleaner")
 # Holds the environment of a command until systemd has read it: memory, for root only.
 RUN_DIRECTORY = Path("/run/gleaner-jobs")
 CONDITION_SECONDS = 300
+SYSTEMD_RUNS = Path("/run/systemd/system")
 UNIT_NAME = re.compile(r"[A-Za-z0-9:_.-]+")
 MARK = re.compile(r"\[gleaner (?P<fingerprint>[0-9a-f]{16})\]$")
 
@@ -172,6 +177,8 @@ def start_command(params: Mapping[str, Any], mark: str, environment_file: Path, 
 
 
 def unit_properties(name: str) -> dict[str, str]:
+    if not SYSTEMD_RUNS.is_dir():
+        return StandIn(name).properties()
     shown = subprocess.run(
         ["systemctl", "show", f"{name}.service", "--property=LoadState,ActiveState,SubState,Description"],
         capture_output=True,
@@ -202,6 +209,125 @@ def is_running(unit: Mapping[str, str], mark: str) -> bool:
     return running
 
 
+def account_of(user: str) -> tuple[pwd.struct_passwd, dict[str, Any]]:
+    """Return a user's account, and what makes a child of this process run as that user.
+
+    Raises KeyError when there is no such user.
+    """
+    account = pwd.getpwnam(user)
+    if account.pw_uid == os.geteuid():
+        return account, {}
+    groups = os.getgrouplist(account.pw_name, account.pw_gid)
+    return account, {"user": account.pw_uid, "group": account.pw_gid, "extra_groups": groups}
+
+
+class StandIn:
+    """Does what systemd does for a unit where it is not PID 1: starts a command, stays with it, keeps its result.
+
+    The properties are in a file, in the words of systemd; a lock is held while somebody stays with the command.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._state = RUN_DIRECTORY / f"{name}.unit"
+        self._lock = RUN_DIRECTORY / f"{name}.lock"
+
+    def properties(self) -> dict[str, str]:
+        gone = {"LoadState": "not-found", "ActiveState": "inactive", "SubState": "dead", "Description": ""}
+        try:
+            with self._lock.open() as lock:
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    attended = False
+                except BlockingIOError:
+                    attended = True
+                shown = dict(line.split("=", 1) for line in self._state.read_text().splitlines())
+        except (OSError, ValueError):
+            return gone
+        # A command that still runs by its file, and with which nobody stays, was killed with all the rest.
+        return gone if shown.get("SubState") == "running" and not attended else {**gone, **shown}
+
+    def forget(self) -> None:
+        for file in (self._state, self._lock):
+            file.unlink(missing_ok=True)
+
+    def start(self, params: Mapping[str, Any], mark: str, environment: Mapping[str, str], log: Path) -> None:
+        """Leave a process behind that stays with the command, and return when it has the lock.
+
+        Raises LongCommandError when the command cannot be started.
+        """
+        reading, writing = os.pipe()
+        child = os.fork()
+        if child == 0:
+            # The grandchild is nobody's child any more, and no terminal's.
+            os.setsid()
+            if os.fork() == 0:
+                os.close(reading)
+                with contextlib.suppress(BaseException):
+                    self._stay(params, mark, environment, log, writing)
+            os._exit(0)
+        os.close(writing)
+        os.waitpid(child, 0)
+        with open(reading) as answer:
+            told = answer.read()
+        if told != "started":
+            raise LongCommandError(f"it cannot be started: {told or 'no word of why'}")
+
+    def _stay(
+        self, params: Mapping[str, Any], mark: str, environment: Mapping[str, str], log: Path, answer: int
+    ) -> None:
+        # Whoever waits for the end of this module's output is not to wait for the command.
+        sink = os.open(log, os.O_WRONLY | os.O_TRUNC)
+        nothing = os.open(os.devnull, os.O_RDONLY)
+        for number, target in ((0, nothing), (1, sink), (2, sink)):
+            os.dup2(target, number)
+        lock = self._lock.open("a")
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        description = f"{params['title'] or params['name']} [gleaner {mark}]"
+        started = int(float(Path("/proc/uptime").read_text().split()[0]) * 1e6)
+        state = {
+            "LoadState": "loaded",
+            "ActiveState": "active",
+            "SubState": "running",
+            "Result": "success",
+            "ExecMainStatus": "0",
+            "ExecMainStartTimestampMonotonic": str(started),
+            "Description": description,
+        }
+        try:
+            account, switch = account_of(params["user"])
+            os.nice(params["nice"])
+            process = subprocess.Popen(
+                params["argv"],
+                cwd=params["chdir"] or "/",
+                env={"PATH": os.environ.get("PATH", os.defpath), "HOME": account.pw_dir, **environment},
+                start_new_session=True,
+                **switch,
+            )
+        except (OSError, KeyError) as error:
+            os.write(answer, str(error).encode())
+            return
+        self._write(state)
+        os.write(answer, b"started")
+        os.close(answer)
+        state["SubState"] = "exited"
+        try:
+            code = process.wait(params["timeout_seconds"])
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            code = process.wait()
+            state["Result"] = "timeout"
+        if code:
+            state.update(ActiveState="failed", SubState="failed", ExecMainStatus=str(abs(code)))
+            if state["Result"] == "success":
+                state["Result"] = "signal" if code < 0 else "exit-code"
+        self._write(state)
+
+    def _write(self, state: Mapping[str, str]) -> None:
+        part = self._state.with_suffix(".part")
+        part.write_text("".join(f"{name}={value}\n" for name, value in state.items()))
+        part.rename(self._state)
+
+
 def condition(params: Mapping[str, Any], environment: Mapping[str, str]) -> tuple[bool, str]:
     """Return whether there is nothing to do, and what the condition printed."""
     if params["creates"] and os.path.exists(params["creates"]):
@@ -209,11 +335,7 @@ def condition(params: Mapping[str, Any], environment: Mapping[str, str]) -> tupl
     if not params["unless"]:
         return False, ""
     try:
-        account = pwd.getpwnam(params["user"])
-        switch: dict[str, Any] = {}
-        if account.pw_uid != os.geteuid():
-            groups = os.getgrouplist(account.pw_name, account.pw_gid)
-            switch = {"user": account.pw_uid, "group": account.pw_gid, "extra_groups": groups}
+        account, switch = account_of(params["user"])
         done = subprocess.run(
             params["unless"],
             stdin=subprocess.DEVNULL,
@@ -234,6 +356,9 @@ def condition(params: Mapping[str, Any], environment: Mapping[str, str]) -> tupl
 
 def forget(name: str) -> None:
     """Take a unit away whose command has ended and whose result nobody fetched."""
+    if not SYSTEMD_RUNS.is_dir():
+        StandIn(name).forget()
+        return
     for verb in ("stop", "reset-failed"):
         subprocess.run(["systemctl", verb, f"{name}.service"], capture_output=True, check=False)
 
@@ -247,6 +372,9 @@ def start(params: Mapping[str, Any], mark: str, environment: Mapping[str, str], 
     LOG_DIRECTORY.mkdir(mode=0o755, parents=True, exist_ok=True)
     log.touch(mode=0o640)
     RUN_DIRECTORY.mkdir(mode=0o700, exist_ok=True)
+    if not SYSTEMD_RUNS.is_dir():
+        StandIn(name).start(params, mark, environment, log)
+        return
     handle, path = tempfile.mkstemp(prefix=f"{name}.", dir=RUN_DIRECTORY)
     try:
         with open(handle, "w", encoding="utf-8") as file:

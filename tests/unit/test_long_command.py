@@ -6,6 +6,7 @@ import json
 import os
 import pwd
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -306,6 +307,18 @@ def host(tmp_path: Path) -> Path:
     return tmp_path
 
 
+# The module with its folders in a place of the test's own, which says whether the machine has systemd.
+ELSEWHERE = """
+import pathlib, sys
+sys.path.insert(0, {root!r})
+from library import long_command
+long_command.SYSTEMD_RUNS = pathlib.Path({folder!r}, "systemd")
+long_command.RUN_DIRECTORY = pathlib.Path({folder!r}, "run")
+long_command.LOG_DIRECTORY = pathlib.Path({folder!r}, "log")
+long_command.main()
+"""
+
+
 def run_module(path: Path, **more: Any) -> dict[str, Any]:
     arguments = {
         "name": "build",
@@ -313,8 +326,10 @@ def run_module(path: Path, **more: Any) -> dict[str, Any]:
         "_ansible_remote_tmp": str(path),
         "_ansible_check_mode": True,
     }
+    (path / "systemd").mkdir()
+    program = ELSEWHERE.format(root=str(MODULE.parents[1]), folder=str(path))
     done = subprocess.run(
-        [sys.executable, str(MODULE)],
+        [sys.executable, "-c", program],
         input=json.dumps({"ANSIBLE_MODULE_ARGS": {**arguments, **more}}),
         capture_output=True,
         text=True,
@@ -355,3 +370,104 @@ def test_a_name_that_is_no_unit_is_refused(host: Path) -> None:
     result = run_module(host, name="a b")
     assert result["failed"] is True
     assert "only letters, digits" in result["msg"]
+
+
+# --- where systemd is not PID 1 ---------------------------------------------------------------------------
+
+
+class Machine:
+    """A machine without systemd: the module runs on it, and the action's looks are taken with real commands."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.folder = folder
+        monkeypatch.setattr(action, "SYSTEMD_RUNS", str(folder / "systemd"))
+        monkeypatch.setattr(action, "RUN_DIRECTORY", str(folder / "run"))
+
+    def run(self, *argv: str, **more: Any) -> dict[str, Any]:
+        user = pwd.getpwuid(os.geteuid()).pw_name
+        arguments = {"name": "build", "argv": argv, "user": user, "_ansible_remote_tmp": str(self.folder), **more}
+        program = ELSEWHERE.format(root=str(MODULE.parents[1]), folder=str(self.folder))
+        done = subprocess.run(
+            [sys.executable, "-c", program],
+            input=json.dumps({"ANSIBLE_MODULE_ARGS": arguments}),
+            capture_output=True,
+            text=True,
+            check=False,
+            # Whoever inherits the module's output and stays would hold this up.
+            timeout=10,
+        )
+        result: dict[str, Any] = json.loads(done.stdout)
+        return result
+
+    def look(self) -> Look:
+        command = action.look_command("build", str(self.folder / "log/build.log"))
+        return look_from(subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=False).stdout)
+
+    def end(self) -> Look:
+        deadline = time.monotonic() + 10
+        while (look := self.look()).running:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        return look
+
+
+@pytest.fixture
+def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
+    return Machine(tmp_path, monkeypatch)
+
+
+def wait_for(file: Path) -> None:
+    """A command has come as far as to make a file."""
+    deadline = time.monotonic() + 10
+    while not file.exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_without_systemd_a_command_is_followed_to_its_end(machine: Machine) -> None:
+    go = machine.folder / "go"
+    script = f"echo one; until [ -e {go} ]; do sleep 0.05; done; echo two $WORD"
+    started = machine.run("sh", "-c", script, environment={"WORD": "x"})
+    assert (started["changed"], started["follow"], started["attached"]) == (True, True, False)
+    assert machine.look().running
+    # The same command is attached to, and a different one refused.
+    assert machine.run("sh", "-c", script, environment={"WORD": "x"})["attached"] is True
+    assert "a different command of that name still runs" in machine.run("true")["msg"]
+
+    go.touch()
+    look = machine.end()
+    assert look.succeeded
+    assert look.lines == ["one", "two x"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "more", "words"),
+    [
+        (["sh", "-c", "exit 3"], {}, "exit code 3"),
+        (["sh", "-c", "kill -9 $$"], {}, "signal 9 ended it"),
+        (["sleep", "60"], {"timeout_seconds": 1}, "longer than timeout_seconds=1"),
+    ],
+)
+def test_without_systemd_the_cause_is_told(machine: Machine, argv: list[str], more: dict[str, Any], words: str) -> None:
+    assert machine.run(*argv, **more)["follow"] is True
+    look = machine.end()
+    assert not look.succeeded
+    assert words in cause(look, more.get("timeout_seconds", 60))
+    # A result that nobody fetched is no reason not to start again.
+    assert machine.run("true")["follow"] is True
+
+
+def test_without_systemd_a_command_that_cannot_be_started_is_told(machine: Machine) -> None:
+    assert "No such file or directory: '/nonexistent/program'" in machine.run("/nonexistent/program")["msg"]
+    assert "it cannot be started" in machine.run("true", user="nobody-yet")["msg"]
+
+
+def test_without_systemd_a_command_that_was_killed_with_all_the_rest_is_gone(machine: Machine) -> None:
+    pids = machine.folder / "pids"
+    machine.run("sh", "-c", f"echo $PPID $$ >{pids}.part; mv {pids}.part {pids}; sleep 60")
+    wait_for(pids)
+    for pid in pids.read_text().split():
+        os.kill(int(pid), signal.SIGKILL)
+    look = machine.end()
+    assert "its unit is gone" in cause(look, 60)
+    assert machine.run("true")["attached"] is False
