@@ -84,28 +84,36 @@ def least_maximal_fill(slots: int, fills: Sequence[Callable[[int, int], float]])
             f"devices = {devices} for {slots - 1} layers and the output; wanted at most {slots}: one for each layer "
             "and one for the output; cure: leave devices out"
         )
+    even = [slots * device // devices for device in range(devices + 1)]
+    bound = max(fill(first, last) for fill, first, last in zip(fills, even, even[1:]))
     # By the first slot that the devices looked at so far hold: how full they are, the fullest first, and their counts.
     best: dict[int, tuple[list[float], list[int]]] = {slots: ([], [])}
     for device in reversed(range(devices)):
         firsts = range(device, slots - devices + device + 1) if device else [0]
-        best = {first: _best_split(first, fills[device], best) for first in firsts}
+        found = ((first, _best_split(first, fills[device], bound, best)) for first in firsts)
+        best = {first: split for first, split in found if split is not None}
     return best[0][1]
 
 
 def _best_split(
-    first: int, fill: Callable[[int, int], float], after: Mapping[int, tuple[list[float], list[int]]]
-) -> tuple[list[float], list[int]]:
-    """The best split of the slots from ``first`` on, between a device and those after it."""
-    found: tuple[list[float], list[int]] | None = None
-    for last in sorted(last for last in after if last > first):
+    first: int,
+    fill: Callable[[int, int], float],
+    bound: float,
+    after: Mapping[int, tuple[list[float], list[int]]],
+) -> tuple[list[float], list[int]] | None:
+    """The best split of the slots from ``first`` on, between a device and those after it; None above ``bound``."""
+    best: tuple[list[float], list[int]] | None = None
+    for last in range(max(first + 1, min(after)), max(after) + 1):
+        if last not in after:
+            continue
         own = fill(first, last)
-        if found is not None and own > found[0][0]:
+        if own > bound:
             break
         full = sorted([own, *after[last][0]], reverse=True)
-        if found is None or full <= found[0]:
-            found = full, [last - first, *after[last][1]]
-    assert found is not None
-    return found
+        if best is None or full <= best[0]:
+            best = full, [last - first, *after[last][1]]
+            bound = min(bound, full[0])
+    return best
 
 
 def split_by_memory(n_layers: int, memories: Sequence[float]) -> list[int]:

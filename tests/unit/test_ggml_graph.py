@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gleaner import ggml_graph
@@ -294,6 +294,7 @@ def test_the_end_of_a_block_is_given_back() -> None:
     assert blocks.free == [[128, 384]]
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 2000), st.booleans()), max_size=60))
 def test_blocks_never_overlap_and_all_is_given_back(steps: list[tuple[int, bool]]) -> None:
     blocks = ggml_graph._Buffer(64)
@@ -352,6 +353,7 @@ def lives(graph: Graph) -> list[tuple[Tensor, int, float]]:
     return list(found.values())
 
 
+@settings(deadline=None)
 @given(st.data())
 def test_tensors_that_live_at_the_same_time_do_not_overlap(data: st.DataObject) -> None:
     devices = data.draw(st.integers(1, 4))
@@ -372,6 +374,7 @@ def test_tensors_that_live_at_the_same_time_do_not_overlap(data: st.DataObject) 
             assert (older.offset, older.shape) == (newer.offset, newer.shape)
 
 
+@settings(deadline=None)
 @given(st.data())
 def test_a_device_reads_nothing_of_another(data: st.DataObject) -> None:
     devices = data.draw(st.integers(1, 4))

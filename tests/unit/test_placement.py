@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gleaner import placement
@@ -38,6 +38,7 @@ def test_layers_lie_where_llama_cpp_put_them(n_layers: int, shares: list[float],
     assert counts_of(placement.device_of_each_layer(n_layers, shares), len(shares)) == counts
 
 
+@settings(deadline=None)
 @given(st.integers(1, 300), st.lists(st.floats(0.001, 1000), min_size=1, max_size=16))
 def test_each_slot_has_one_device_and_devices_hold_them_in_order(n_layers: int, shares: list[float]) -> None:
     places = placement.device_of_each_layer(n_layers, shares)
@@ -46,6 +47,7 @@ def test_each_slot_has_one_device_and_devices_hold_them_in_order(n_layers: int, 
     assert set(places) <= set(range(len(shares)))
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 128), min_size=1, max_size=16).filter(lambda counts: 2 <= sum(counts) <= 129))
 def test_whole_slots_are_taken_at_their_word(counts: list[int]) -> None:
     places = placement.device_of_each_layer(sum(counts) - 1, counts)
@@ -63,6 +65,7 @@ def test_whole_slots_are_taken_at_their_word_for_every_count_of_layers(devices: 
             assert counts_of(places, devices) == order
 
 
+@settings(deadline=None)
 @given(st.data())
 def test_a_split_by_memory_holds_every_layer_and_the_output(data: st.DataObject) -> None:
     memories = data.draw(st.lists(MEMORIES, min_size=1, max_size=16))
@@ -72,6 +75,7 @@ def test_a_split_by_memory_holds_every_layer_and_the_output(data: st.DataObject)
     assert min(counts) >= 1
 
 
+@settings(deadline=None)
 @given(st.data())
 def test_more_memory_never_gets_fewer_layers(data: st.DataObject) -> None:
     # Small numbers, so that many splits are equally good.
@@ -84,6 +88,7 @@ def test_more_memory_never_gets_fewer_layers(data: st.DataObject) -> None:
     assert after[index] >= before[index]
 
 
+@settings(deadline=None)
 @given(st.data())
 def test_the_order_of_devices_changes_only_who_gets_a_tie(data: st.DataObject) -> None:
     memories = data.draw(st.lists(st.integers(1, 12) | MEMORIES, min_size=1, max_size=6))
@@ -96,6 +101,7 @@ def test_the_order_of_devices_changes_only_who_gets_a_tie(data: st.DataObject) -
     assert fills([memories[index] for index in order]) == fills(memories)
 
 
+@settings(deadline=None)
 @given(st.integers(1, 16), st.integers(1, 128), MEMORIES)
 def test_equal_devices_differ_by_one_slot_at_most_and_the_front_has_it(
     devices: int, n_layers: int, memory: int
@@ -124,6 +130,7 @@ def split_fills(counts: Sequence[int], table: Sequence[Sequence[Sequence[float]]
     )
 
 
+@settings(deadline=None)
 @given(st.data())
 def test_no_split_has_a_lower_maximum_than_the_chosen_one(data: st.DataObject) -> None:
     devices = data.draw(st.integers(1, 4))
@@ -194,6 +201,7 @@ def test_a_count_of_layers_that_cannot_be_is_named(n_layers: Any) -> None:
             function(n_layers, [1, 1])
 
 
+@settings(deadline=None)
 @given(st.integers(1, 128), st.lists(st.floats(), min_size=1, max_size=17))
 def test_shares_are_placed_or_refused_but_nothing_else(n_layers: int, shares: list[float]) -> None:
     try:

@@ -33,6 +33,7 @@ def test_a_device_without_memory_has_no_layers_and_not_the_output() -> None:
     assert sizing.tensor_split(3, [10, 30, 0]) == {"tensor_split": [1, 3, 0], "layers": [1, 2, 0], "output_device": 1}
 
 
+@settings(deadline=None)
 @given(st.integers(1, 128), st.lists(st.integers(0, 100), min_size=1, max_size=5).filter(any))
 def test_layers_are_those_that_llama_cpp_places(n_layers: int, memories: list[int]) -> None:
     if sum(map(bool, memories)) > n_layers + 1:
@@ -239,6 +240,7 @@ def test_whatever_is_asked_is_answered_or_refused_in_words(facts: Any, wishes: A
     assert all(row["total"] + row["headroom"] == row["limit"] for row in found["devices"])
 
 
+@settings(deadline=None)
 @given(st.integers(1, 128) | JUNK, st.lists(st.integers(0, 99) | JUNK, max_size=4) | JUNK)
 def test_whatever_is_split_is_split_or_refused_in_words(n_layers: Any, memories: Any) -> None:
     try:
