@@ -41,12 +41,17 @@ def test_the_corpus_begins_with_the_seeds(tmp_path: Path) -> None:
 
 def test_a_run_is_a_row_of_the_table() -> None:
     began = datetime.datetime(2026, 1, 2, 3, 4, 5)
-    row = fuzzer.row(OUTPUT, began, 41.4, "0123456789ab", 0)
-    assert row == "| 2026-01-02 03:04 UTC | 0123456789ab | 41 | 7537 | 1185 | 98 | 0 |"
+    row = fuzzer.row(OUTPUT, began, (41.4, 39.6), "0123456789ab", 0)
+    assert row == "| 2026-01-02 03:04 UTC | 0123456789ab | 41 | 40 | 7537 | 1185 | 98 | 0 |"
     head = next(line for line in fuzzer.DOCUMENT.read_text().splitlines() if line.startswith("| date |"))
     assert head.count("|") == row.count("|")
 
 
+def test_a_run_that_ends_at_once_is_a_row_too() -> None:
+    row = fuzzer.row(OUTPUT.splitlines()[-1] + "\n", datetime.datetime(2026, 1, 2), (1, 1), "0", 1)
+    assert row == "| 2026-01-02 00:00 UTC | 0 | 1 | 1 | 7537 | not counted | not counted | 1 |"
+
+
 def test_a_run_that_says_nothing_is_not_recorded() -> None:
     with pytest.raises(ValueError, match="no statistics"):
-        fuzzer.row("Traceback\n", datetime.datetime(2026, 1, 2), 1, "0", 0)
+        fuzzer.row("Traceback\n", datetime.datetime(2026, 1, 2), (1, 1), "0", 0)
