@@ -353,14 +353,19 @@ class BusyCheck:
 class Agent:
     """One selector loop over the supervisor's connection, signals, probes and a tick."""
 
-    def __init__(self, supervisor: tuple[str, int], token: str, node: str) -> None:
+    def __init__(self, supervisor: list[tuple[str, int]], token: str, node: str) -> None:
         self.selector = selectors.DefaultSelector()
         self.signals = heartbeat.Signals(signal.SIGTERM, signal.SIGINT, signal.SIGCHLD)
         self.selector.register(self.signals.socket, selectors.EVENT_READ)
         self.memlock_mib = raise_memlock()
-        self.channel = heartbeat.Channel(socket.create_connection(supervisor, heartbeat.SILENCE_SECONDS))
-        self.selector.register(self.channel.socket, selectors.EVENT_READ)
-        self.channel.send(heartbeat.greeting(token, node))
+        self.lines = []
+        for network, place in enumerate(supervisor):
+            line = heartbeat.Channel(socket.create_connection(place, heartbeat.SILENCE_SECONDS))
+            self.selector.register(line.socket, selectors.EVENT_READ)
+            line.send(heartbeat.greeting(token, node, network))
+            self.lines.append(line)
+        # Orders and answers; the others carry beats alone.
+        self.channel = self.lines[0]
         self.key_file = Path(os.environ.get("GLEANER_SERVER_KEY_FILE") or files.SERVER_KEY)
         self.key = ""
         self.task: Task | None = None
@@ -404,7 +409,7 @@ class Agent:
 
     def _listen(self) -> None:
         try:
-            messages = self.channel.receive()
+            messages, *_ = [line.receive() for line in self.lines]
         except ValueError as error:
             raise heartbeat.ChannelClosed(str(error)) from None
         for message in messages:
@@ -421,7 +426,7 @@ class Agent:
             elif "quit" in message:
                 self.leaving = True
                 self._stop(float(message["quit"]))
-        if self.channel.silent_seconds > heartbeat.SILENCE_SECONDS:
+        if any(line.silent_seconds > heartbeat.SILENCE_SECONDS for line in self.lines):
             raise heartbeat.ChannelClosed(f"silent for {heartbeat.SILENCE_SECONDS:g} s")
 
     def _start(self, task: Task) -> None:
@@ -525,7 +530,11 @@ class Agent:
             "busy": self.busy,
         }
         now = time.monotonic()
-        # A change is told at once, sameness once a second. A busy check is told each time.
+        for line in self.lines[1:]:
+            if now >= self.beat_at:
+                line.send({"beat": None})
+            line.flush()
+        # A change is told at once, sameness once a second.
         if beat != self.sent or now >= self.beat_at:
             self.sent = beat
             self.beat_at = now + heartbeat.BEAT_SECONDS
@@ -567,22 +576,27 @@ def rotate(log: Path, limit: int = LOG_LIMIT) -> bool:
     return True
 
 
+def places(text: str) -> list[tuple[str, int]]:
+    """`address:port,address:port` as a list."""
+    pairs = (place.rpartition(":") for place in text.split(","))
+    return [(address, int(port)) for address, _, port in pairs]
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = "Started by the supervisor, with GLEANER_SUPERVISOR and GLEANER_TOKEN in the environment."
 
 
 def run(_args: argparse.Namespace) -> int:
     try:
-        address, _, port = os.environ["GLEANER_SUPERVISOR"].rpartition(":")
-        token = os.environ["GLEANER_TOKEN"]
+        given, token = os.environ["GLEANER_SUPERVISOR"], os.environ["GLEANER_TOKEN"]
     except KeyError as error:
         say(f"{error.args[0]} is not set: `gleaner agent` is started by `gleaner supervise`, not by hand")
         return 2
     # Orphans of the server come to us, so that none outlives the step unseen.
     _libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     try:
-        agent = Agent((address, int(port)), token, heartbeat.node_name())
+        agent = Agent(places(given), token, heartbeat.node_name())
     except OSError as error:
-        say(f"supervisor at {address}:{port} cannot be reached: {error}")
+        say(f"supervisor at {given} cannot be reached: {error}")
         return 1
     return agent.run()

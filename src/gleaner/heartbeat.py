@@ -1,7 +1,8 @@
 """The line between an agent and its supervisor: JSON lines over TCP, one beat a second each way.
 
 The agent's first line carries the token of the job (GLEANER_TOKEN). Whoever hears nothing for
-SILENCE_SECONDS acts as if the other were dead.
+SILENCE_SECONDS acts as if the other were dead. Where a tier needs two networks there is a line over each: the first
+one carries orders and answers, the other only beats, so that a cut of either network is noticed.
 """
 
 from __future__ import annotations
@@ -108,18 +109,20 @@ def listen(address: str) -> socket.socket:
     return sock
 
 
-def greeting(token: str, node: str) -> Message:
-    return {"hello": 1, "token": token, "node": node}
+def greeting(token: str, node: str, network: int = 0) -> Message:
+    return {"hello": 1, "token": token, "node": node, "network": network}
 
 
-def greeted_by(message: Message, token: str) -> str:
-    """The node that sends this first line; ValueError when it is no greeting of ours."""
-    got, node = message.get("token"), message.get("node")
+def greeted_by(message: Message, token: str) -> tuple[str, int]:
+    """The node that sends this first line, and over which network; ValueError when it is no greeting of ours."""
+    got, node, network = message.get("token"), message.get("node"), message.get("network")
     if message.get("hello") != 1 or not isinstance(got, str) or not isinstance(node, str):
         raise ValueError("first line is no greeting")
     if not hmac.compare_digest(got.encode(), token.encode()):
         raise ValueError("wrong token")
-    return node
+    if not isinstance(network, int):
+        raise ValueError("first line names no network")
+    return node, network
 
 
 class Signals:

@@ -22,6 +22,8 @@ DEFAULT_CPUS = 8
 TIMEOUT_SECONDS = 600
 # A time limit warns the job (--signal) as long before its end as a preemption does, less this.
 SIGNAL_MARGIN_SECONDS = 5
+# More than age or fair share add to a job's priority on most sites.
+NICE_STEP = 100_000
 # Micro-batches that are tried where the tier names none: the larger, the faster a prompt is read.
 UBATCH_TOKENS = (512, 256, 128, 64, 32, 16)
 # A choice with less reads prompts so slowly that a smaller context is offered beside it.
@@ -391,7 +393,19 @@ def head_args(site: Site, tier: Tier, split: Split, cpus: int, ubatch_tokens: in
     args += _common_args(site, tier, cpus, ubatch_tokens)
     if "--gpu-layers" not in args:
         args += ["--gpu-layers", "999"]
+    args += ["--reasoning-format", tier.reasoning_format]
+    if tier.chat_template is not None:
+        args += ["--chat-template-file", _template_file(site, tier)]
     return [*args, "--offline", "--no-ui", *tier.server_args]
+
+
+def _template_file(site: Site, tier: Tier) -> str:
+    return f"{site.shared_dir}/ai/plans/{tier.name}.jinja"
+
+
+def _split_environment(tier: Tier) -> dict[str, str]:
+    """Of head and workers. The engine looks whether GGML_RPC_DEBUG is there, not what it says."""
+    return {"GGML_NO_BACKTRACE": "1", **({"GGML_RPC_DEBUG": "1"} if tier.rpc_debug else {})}
 
 
 def _worker(tier: Tier, split: Split, cpus: int) -> dict[str, Any]:
@@ -403,7 +417,7 @@ def _worker(tier: Tier, split: Split, cpus: int) -> dict[str, Any]:
     return {
         "port": site_model.RPC_PORT,
         "args": ["--threads", str(tier.threads or cpus), "--cache"],
-        "environment": {"GGML_NO_BACKTRACE": "1"},
+        "environment": _split_environment(tier),
         "cache": {"directory": RPC_CACHE_DIR, "limit_mib": 2 * held},
     }
 
@@ -592,7 +606,6 @@ def _plan_layer_split(site: Site, index: int, tier: Tier) -> tuple[dict[str, Any
         warnings.append(
             f"memory_mib {tier.memory_mib} is less than the {planned} MiB that this tier was planned to need"
         )
-    warnings.append("not served yet: this version makes no job for a layer-split tier")
     alternatives = _alternatives(site, tier, model, fits=split.fits)
     rows = split.rows
     for row in rows:
@@ -622,13 +635,23 @@ def _plan_layer_split(site: Site, index: int, tier: Tier) -> tuple[dict[str, Any
     plan["server"] = {
         "node_port": tier.gateway_port,
         "args": head_args(site, tier, split, plan["slurm"]["cpus_per_node"], ubatch_tokens),
-        "environment": {"GGML_NO_BACKTRACE": "1"},
+        "environment": _split_environment(tier),
     }
+    if tier.chat_template is not None:
+        plan["chat_template"] = tier.chat_template
+        plan["chat_template_file"] = _template_file(site, tier)
     plan["worker"] = _worker(tier, split, plan["slurm"]["cpus_per_node"])
     plan["tensor_split"] = list(split.counts)
     plan["memory"] = rows + hosts
     plan["alternatives"] = alternatives
     return plan, [*broken, *found]
+
+
+def _nice(site: Site, tier: Tier) -> int:
+    """Slurm's ``--nice``: more for each tier that goes before this one, if any of them wants the same nodes."""
+    above = [other for other in site.tiers.values() if other.priority > tier.priority]
+    rivals = any(set(other.all_nodes) & set(tier.all_nodes) for other in above)
+    return NICE_STEP * len(above) if rivals else 0
 
 
 def _base(site: Site, tier: Tier, mem_mib: int | None, warnings: list[str]) -> dict[str, Any]:
@@ -656,6 +679,7 @@ def _base(site: Site, tier: Tier, mem_mib: int | None, warnings: list[str]) -> d
             "cpus_per_node": _cpus(tier, nodes),
             "mem_mib": mem_mib,
             "signal_seconds": site.slurm.grace_seconds - SIGNAL_MARGIN_SECONDS,
+            "nice": _nice(site, tier),
         },
         "engine": {"prefix": f"{site.shared_dir}/ai/llama.cpp/{site.engine.version}-{site.engine.backend}"},
         "nodes": {

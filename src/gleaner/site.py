@@ -24,6 +24,7 @@ TAKEN_PORTS = {22: "sshd", 6817: "slurmctld", 6818: "slurmd", 6819: "slurmdbd", 
 KINDS = ("router", "layer_split")
 BACKENDS = ("cpu", "cuda")
 KV_TYPES = ("f16", "q8_0", "q4_0")
+REASONING_FORMATS = ("deepseek", "deepseek-legacy", "none", "auto")
 # Of the grace: what the server's stop, the requeue and Slurm's own signal need after the drain.
 STOP_SECONDS = 10
 
@@ -110,6 +111,9 @@ class Tier:
     head: str = ""
     workers: tuple[str, ...] = ()
     model: str = ""
+    chat_template: str | None = None
+    reasoning_format: str = "deepseek"
+    rpc_debug: bool = False
 
     @property
     def all_nodes(self) -> tuple[str, ...]:
@@ -200,7 +204,10 @@ _COMMON_TIER_KEYS = (
     "prompt_cache_mib",
     "server_args",
 )
-_KIND_KEYS = {"router": ("nodes", "models", "models_max"), "layer_split": ("head", "workers", "model")}
+_KIND_KEYS = {
+    "router": ("nodes", "models", "models_max"),
+    "layer_split": ("head", "workers", "model", "chat_template", "reasoning_format", "rpc_debug"),
+}
 TIER_WHOLES = {
     # key: (least, most, the value to start from)
     "gateway_port": (1024, 65535, "8080"),
@@ -259,6 +266,9 @@ _PLANNED_FLAGS = frozenset(
         "-m",
         "--alias",
         "-a",
+        "--chat-template",
+        "--chat-template-file",
+        "--reasoning-format",
         "--rpc",
         "--tensor-split",
         "-ts",
@@ -291,6 +301,8 @@ _PLANNED_FLAGS = frozenset(
         "--no-op-offload",
     ]
 )
+
+_TEMPLATE_CHARACTERS = 1 << 16
 
 _MISSING = object()
 
@@ -852,12 +864,28 @@ def _check_tier(
         _check_tier_nodes(check, tier, prefix, kind, nodes)
     if kind == "layer_split":
         _check_model_name(check, tier.get("model", _MISSING), f"{prefix}.model", models)
+        _check_answers(check, tier, prefix)
     elif kind == "router" and tier.get("models") is not None:
         names = check.items(tier["models"], f"{prefix}.models")
         if not names and _sequence(tier["models"]):
             check.add(f"{prefix}.models", [], "at least one model", "leave it out to serve every model")
         for index, name in enumerate(names):
             _check_model_name(check, name, f"{prefix}.models[{index}]", models)
+
+
+def _check_answers(check: Checker, tier: Mapping[str, Any], prefix: str) -> None:
+    """What of a layer-split tier shapes its answers and its logs."""
+    check.choice(tier.get("reasoning_format", "deepseek"), f"{prefix}.reasoning_format", REASONING_FORMATS)
+    if "rpc_debug" in tier:
+        check.flag(tier["rpc_debug"], f"{prefix}.rpc_debug")
+    text = tier.get("chat_template")
+    if text is not None and not (isinstance(text, str) and "messages" in text and len(text) <= _TEMPLATE_CHARACTERS):
+        check.add(
+            f"{prefix}.chat_template",
+            text,
+            f"the text of a chat template, of at most {_TEMPLATE_CHARACTERS} characters, that goes through `messages`",
+            "chat_template: \"{{ lookup('ansible.builtin.file', PATH) }}\", or leave it out to use the model's own",
+        )
 
 
 def _check_kv_cache(check: Checker, tier: Mapping[str, Any], prefix: str) -> None:

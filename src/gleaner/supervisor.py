@@ -13,6 +13,7 @@ import os
 import secrets
 import selectors
 import signal
+import socket
 import subprocess
 import time
 from dataclasses import dataclass
@@ -185,14 +186,21 @@ class Supervisor:
         self.selector = selectors.DefaultSelector()
         self.signals = heartbeat.Signals(signal.SIGTERM, signal.SIGINT, signal.SIGCHLD)
         self.selector.register(self.signals.socket, selectors.EVENT_READ)
-        # The agents of a layer-split tier beat over the network that its weights and activations take: a cut there
-        # is one of the tier, and nothing else would tell of it.
-        addresses = plan.address_of if plan.worker is None else plan.rpc_address_of
-        self.listener = heartbeat.listen(addresses.get(where.node, addresses[self.home]))
-        self.selector.register(self.listener, selectors.EVENT_READ)
+        # A layer-split tier needs both networks: weights and activations take the one, Slurm and clients the other. A
+        # cut of either has to be noticed, so its agents have a line over each.
+        networks = {"cluster": plan.address_of}
+        if plan.worker is not None:
+            networks = {"RPC": plan.rpc_address_of, **networks}
+        self.networks = list(networks)
+        here = where.node if where.node in plan.address_of else self.home
+        self.listeners = [heartbeat.listen(addresses[here]) for addresses in networks.values()]
+        for listener in self.listeners:
+            self.selector.register(listener, selectors.EVENT_READ)
         self.token = secrets.token_hex(32)
         self.strangers: list[heartbeat.Channel] = []
         self.agents: dict[str, heartbeat.Channel] = {}
+        # The lines that carry beats alone, by node and network.
+        self.pulses: dict[tuple[str, int], heartbeat.Channel] = {}
         self.step: subprocess.Popen[bytes] | None = None
         self.phase = Phase.GATHERING
         self.deadline = time.monotonic() + AGENTS_SECONDS
@@ -216,8 +224,8 @@ class Supervisor:
                 if key.fileobj is self.signals.socket:
                     if self.signals.receive() & {signal.SIGTERM, signal.SIGINT}:
                         self._told_to_stop("signal")
-                elif key.fileobj is self.listener:
-                    self._accept()
+                elif key.fileobj in self.listeners:
+                    self._accept(key.fileobj)
             self._hear_strangers()
             self._hear_agents()
             self._tick()
@@ -232,7 +240,7 @@ class Supervisor:
             code, self.step = self.step.returncode, None
             self._fail(Exit.START_FAILED if not self.agents else Exit.AGENT_LOST, f"job step ended with {code}")
         elif self.phase is Phase.GATHERING and now >= self.deadline:
-            missing = sorted(set(self.where.nodes) - set(self.agents))
+            missing = sorted({node for node, _ in self._awaited()})
             self._fail(Exit.START_FAILED, f"no agent from {','.join(missing)} within {AGENTS_SECONDS:g} s")
         elif self.phase in (Phase.WORKERS, Phase.LOADING) and now >= self.deadline:
             what = "no worker could be reached" if self.phase is Phase.WORKERS else "/health was not good"
@@ -270,12 +278,11 @@ class Supervisor:
     def _beat_all(self) -> None:
         """One beat for every agent. A lost one is noticed when it is heard, not here."""
         self.beat_at = time.monotonic() + heartbeat.BEAT_SECONDS
-        for channel in self.agents.values():
+        for channel in [*self.agents.values(), *self.pulses.values()]:
             with contextlib.suppress(heartbeat.ChannelClosed):
                 channel.send({"beat": 1})
 
     def _start_step(self) -> None:
-        address, port = self.listener.getsockname()
         count = len(self.where.nodes)
         command = [
             "srun",
@@ -296,7 +303,7 @@ class Supervisor:
         ]
         environment = {
             **os.environ,
-            "GLEANER_SUPERVISOR": f"{address}:{port}",
+            "GLEANER_SUPERVISOR": ",".join("{}:{}".format(*listener.getsockname()) for listener in self.listeners),
             "GLEANER_TOKEN": self.token,
         }
         # Its own session: a TERM for the whole batch step must not make srun end the agents before
@@ -308,10 +315,10 @@ class Supervisor:
             return
         say(f"tier {self.plan.tier}: job {self.where.job} restart {self.where.restart} on {','.join(self.where.nodes)}")
 
-    def _accept(self) -> None:
+    def _accept(self, listener: socket.socket) -> None:
         with contextlib.suppress(OSError):
             while True:
-                connection, _ = self.listener.accept()
+                connection, _ = listener.accept()
                 if len(self.strangers) >= 16:
                     connection.close()
                     continue
@@ -332,8 +339,8 @@ class Supervisor:
                     if channel.silent_seconds <= GREETING_SECONDS:
                         continue
                     raise ValueError("no greeting in time")
-                node = heartbeat.greeted_by(messages[0], self.token)
-                if node not in self.where.nodes or node in self.agents:
+                node, network = heartbeat.greeted_by(messages[0], self.token)
+                if (node, network) not in self._awaited():
                     raise ValueError(f"greeting from {node!r}, which is not awaited")
             except (ValueError, heartbeat.ChannelClosed) as error:
                 say(f"connection refused: {error}")
@@ -342,25 +349,46 @@ class Supervisor:
                 continue
             self.strangers.remove(channel)
             channel.limit = heartbeat.LINE_LIMIT
-            self.agents[node] = channel
-            for message in messages[1:]:
-                self._heard(node, message)
-            if self.phase is Phase.GATHERING and set(self.agents) == set(self.where.nodes):
+            if network:
+                self.pulses[node, network] = channel
+            else:
+                self.agents[node] = channel
+                for message in messages[1:]:
+                    self._heard(node, message)
+            if self.phase is Phase.GATHERING and not self._awaited():
                 self._start_tier()
 
+    def _awaited(self) -> set[tuple[str, int]]:
+        """The lines that are still to come, by node and network."""
+        every = {(node, network) for node in self.where.nodes for network in range(len(self.listeners))}
+        return every - {(node, 0) for node in self.agents} - set(self.pulses)
+
     def _hear_agents(self) -> None:
+        for (node, network), channel in list(self.pulses.items()):
+            try:
+                channel.flush()
+                channel.receive()
+                self._mind_silence(channel)
+            except (ValueError, heartbeat.ChannelClosed) as error:
+                self._lost(node, f"{error} on the {self.networks[network]} network")
         for node, channel in list(self.agents.items()):
             try:
                 channel.flush()
                 for message in channel.receive():
                     self._heard(node, message)
-                if channel.silent_seconds > heartbeat.SILENCE_SECONDS:
-                    raise heartbeat.ChannelClosed(f"silent for {heartbeat.SILENCE_SECONDS:g} s")
+                self._mind_silence(channel)
             except (ValueError, heartbeat.ChannelClosed) as error:
-                self._lost(node, str(error))
+                self._lost(node, f"{error} on the {self.networks[0]} network")
+
+    @staticmethod
+    def _mind_silence(channel: heartbeat.Channel) -> None:
+        if channel.silent_seconds > heartbeat.SILENCE_SECONDS:
+            raise heartbeat.ChannelClosed(f"silent for {heartbeat.SILENCE_SECONDS:g} s")
 
     def _lost(self, node: str, why: str) -> None:
         channel = self.agents.pop(node, None)
+        for key in [key for key in self.pulses if key[0] == node]:
+            self._drop(self.pulses.pop(key))
         if channel is None:
             return
         self._drop(channel)
@@ -576,9 +604,10 @@ class Supervisor:
         self._stop()
 
     def _leave(self) -> None:
-        for channel in [*self.agents.values(), *self.strangers]:
+        for channel in [*self.agents.values(), *self.pulses.values(), *self.strangers]:
             self._drop(channel)
-        self.listener.close()
+        for listener in self.listeners:
+            listener.close()
         self.selector.close()
         if self.step is not None:
             try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import resource
 import selectors
@@ -263,6 +264,33 @@ def test_no_server_starts_without_a_key(place: Home) -> None:
     assert refusal(place) == f"{file}: cannot be read (No such file or directory): run playbooks/tiers.yml"
     assert not place.started
     assert "sk-two" not in place.log("agent")
+
+
+def test_an_agent_that_one_of_two_networks_cuts_off_ends_what_it_started(place: Home) -> None:
+    with contextlib.ExitStack() as stack:
+        listeners = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(2)]
+        where = ",".join("{}:{}".format(*one.getsockname()) for one in listeners)
+        child = place.start("agent", GLEANER_SUPERVISOR=where, GLEANER_TOKEN="t", SLURMD_NODENAME="vasp-02")
+        lines = []
+        for network, listener in enumerate(listeners):
+            line = heartbeat.Channel(listener.accept()[0])
+            stack.callback(line.close)
+            (greeting, *_) = wait_for(line.receive)
+            assert heartbeat.greeted_by(greeting, "t") == ("vasp-02", network)
+            lines.append(line)
+        lines[0].send({"start": vars(task(place))})
+        started = wait_for(lambda: place.started)[0]["pid"]
+        while child.poll() is None:
+            assert time.monotonic() - lines[1].heard < 60
+            for line in lines:
+                with contextlib.suppress(heartbeat.ChannelClosed):
+                    line.receive()
+            with contextlib.suppress(heartbeat.ChannelClosed):
+                lines[0].send({"beat": 1})
+            time.sleep(0.5)
+    assert child.wait() == 1
+    assert "silent for 5 s" in place.log("agent")
+    wait_for(lambda: not alive(started))
 
 
 def test_agent_by_hand_says_who_starts_it(place: Home) -> None:

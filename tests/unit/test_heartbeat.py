@@ -104,16 +104,18 @@ def test_reader_that_stops_reading_is_closed_not_waited_for(pair: tuple[Channel,
         {"hello": 2, "token": "t", "node": "n"},
         {"hello": 1, "token": 5, "node": "n"},
         {"hello": 1, "token": "wrong", "node": "n"},
-        {"hello": 1, "token": "t", "node": None},
+        {"hello": 1, "token": "t", "node": None, "network": 0},
+        {"hello": 1, "token": "t", "node": "n"},
     ],
 )
 def test_greeting_without_the_token_is_refused(message: heartbeat.Message) -> None:
-    with pytest.raises(ValueError, match=r"token|greeting"):
+    with pytest.raises(ValueError, match=r"token|greeting|network"):
         heartbeat.greeted_by(message, "t")
 
 
-def test_greeting_names_the_node() -> None:
-    assert heartbeat.greeted_by(heartbeat.greeting("t", "vasp-02"), "t") == "vasp-02"
+def test_greeting_names_the_node_and_the_network() -> None:
+    assert heartbeat.greeted_by(heartbeat.greeting("t", "vasp-02"), "t") == ("vasp-02", 0)
+    assert heartbeat.greeted_by(heartbeat.greeting("t", "vasp-02", 1), "t") == ("vasp-02", 1)
 
 
 def test_signals_wake_the_loop() -> None:

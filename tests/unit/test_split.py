@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import time
 from collections.abc import Iterator
@@ -14,12 +15,13 @@ from typing import Any
 
 import pytest
 
-from gleaner import record
+from gleaner import heartbeat, record, supervisor
 from gleaner.states import Exit
 from tests.unit.fakes import Home, alive, home, job_text, wait_for
 
 TIER = "reasoning"
 NODES = {"vasp-01": "127.0.0.1", "vasp-02": "127.0.0.2", "vasp-03": "127.0.0.3"}
+RPC = {name: address.replace("127.0.0.", "127.0.1.") for name, address in NODES.items()}
 WORKERS = ("vasp-02", "vasp-03")
 
 
@@ -41,7 +43,7 @@ def plan(place: Home, **more: Any) -> Path:
         "nodes": {
             name: {
                 "address": address,
-                "rpc_address": address,
+                "rpc_address": RPC[name],
                 "numa_node": None,
                 "role": "worker" if name in WORKERS else "head",
             }
@@ -106,7 +108,7 @@ def test_workers_come_first_and_are_probed_once(place: Home) -> None:
     child = supervise(place)
     first = wait_for(lambda: served(place))
     assert (first.host, first.port, first.models) == ("vasp-01", place.port, ("large",))
-    assert sorted(worker["argv"][2] for worker in place.workers) == ["127.0.0.2", "127.0.0.3"]
+    assert sorted(worker["argv"][2] for worker in place.workers) == ["127.0.1.2", "127.0.1.3"]
     for worker in place.workers:
         assert worker["argv"][-3:] == ["--threads", "2", "--cache"]
         assert worker["environment"]["EXTRA"] == "yes"
@@ -116,14 +118,14 @@ def test_workers_come_first_and_are_probed_once(place: Home) -> None:
     assert server["argv"][3:5] == ["--host", "127.0.0.1"]
     time.sleep(2)
     # A worker's port is looked at once, before the head comes, and never again.
-    assert sorted((place.server / "probes").read_text().split()) == ["127.0.0.2", "127.0.0.3"]
+    assert sorted((place.server / "probes").read_text().split()) == ["127.0.1.2", "127.0.1.3"]
     logs = place.root / "ai" / "logs" / "41"
     assert {path.name for path in logs.glob("*.log")} == {"head.log", "rpc-vasp-02.log", "rpc-vasp-03.log"}
     assert child.poll() is None
 
 
 def test_the_head_waits_for_the_last_worker(place: Home) -> None:
-    place.set(place.server / "deaf-127.0.0.3")
+    place.set(place.server / "deaf-127.0.1.3")
     child = supervise(place, load_timeout_seconds=3)
     assert child.wait(15) == Exit.LOAD_TIMEOUT
     assert "no worker could be reached within load_timeout_seconds=3" in place.log("supervise")
@@ -155,6 +157,33 @@ def test_an_agent_that_is_gone_ends_the_job_and_everything_in_it(place: Home) ->
     assert child.wait(10) == Exit.AGENT_LOST
     assert served(place) is None
     wait_for(lambda: nothing_left(place), 5.0)
+
+
+@pytest.mark.parametrize(("network", "name"), [(0, "RPC"), (1, "cluster")])
+def test_a_node_that_is_silent_on_one_network_is_lost(
+    place: Home, capfd: pytest.CaptureFixture[str], network: int, name: str
+) -> None:
+    where = supervisor.JobEnvironment(41, 0, "vasp-01", tuple(NODES))
+    child = supervisor.Supervisor(supervisor.Plan.load(plan(place)), where, place.registry, place.root)
+    child.phase = supervisor.Phase.SERVING
+    with contextlib.ExitStack() as stack:
+        stack.callback(child.signals.close)
+        stack.callback(child.selector.close)
+        lines = {}
+        for number, listener in enumerate(child.listeners):
+            stack.callback(listener.close)
+            for node in NODES:
+                stack.enter_context(socket.create_connection(listener.getsockname()))
+                lines[node, number] = listener.accept()[0]
+        child.agents = {node: heartbeat.Channel(lines[node, 0]) for node in NODES}
+        child.pulses = {(node, 1): heartbeat.Channel(lines[node, 1]) for node in NODES}
+        silent = child.agents["vasp-03"] if network == 0 else child.pulses["vasp-03", 1]
+        silent.heard -= heartbeat.SILENCE_SECONDS + 1
+        child._hear_agents()
+        for channel in [*child.agents.values(), *child.pulses.values()]:
+            channel.close()
+    assert (child.phase, child.exit) == (supervisor.Phase.STOPPING, Exit.AGENT_LOST)
+    assert f"agent on vasp-03: silent for 5 s on the {name} network" in capfd.readouterr().err
 
 
 def test_a_supervisor_that_is_gone_leaves_nothing_behind(place: Home) -> None:

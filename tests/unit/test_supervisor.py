@@ -312,7 +312,8 @@ def test_agents_hear_a_beat_before_each_question_to_slurm(place: Home, monkeypat
         child._told_to_stop("signal to the agent")
     finally:
         child.signals.close()
-        child.listener.close()
+        for listener in child.listeners:
+            listener.close()
         child.selector.close()
     assert len(asked) == 2
     assert all(messages[-1] == {"beat": 1} for messages in asked), "agents take 5 s of silence for our death"
