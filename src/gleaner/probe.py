@@ -27,7 +27,8 @@ class _Received:
 class Probe:
     """One request. Register with a selector, call `advance` on events and ticks until `done`.
 
-    `status` is the HTTP status or None; `failure` is `refused`, `timeout` or an error text.
+    `status` is the HTTP status or None; `failure` is `refused`, `timeout` or an error text. `connected`: the other host
+    answered at all, since its kernel does so even for a program that hangs.
     """
 
     def __init__(
@@ -43,6 +44,7 @@ class Probe:
         self.body = b""
         self.failure: str | None = None
         self.done = False
+        self.connected = False
         self._socket = socket.socket(socket.AF_INET, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         self._socket.setblocking(False)
         code = self._socket.connect_ex((address, port))
@@ -78,6 +80,7 @@ class Probe:
                 if error.errno != errno.ENOTCONN:
                     raise
                 return
+            self.connected = True
             if self._request:
                 return
             self._selector.modify(self._socket, selectors.EVENT_READ, self)

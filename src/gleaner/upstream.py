@@ -15,6 +15,7 @@ import subprocess
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -31,6 +32,9 @@ SQUEUE_SECONDS = 5.0
 RELOAD_SECONDS = 10.0
 RETRY_SECONDS = 5.0
 TICK_SECONDS = 0.2
+# A first packet that is lost is sent again after a second.
+CONNECT_TIMEOUT = 2.0
+SEVER_SECONDS = 5.0
 FIRST_SIGHT = "record was not seen to change yet"
 
 
@@ -473,13 +477,40 @@ class Watched:
     probe: Probe | None = None
     probe_at: float = 0.0
     target: Record | None = None
+    routed_to: tuple[str, int] | None = None
+    parting: Probe | None = None
+    """A last look at the server that was routed to before."""
+    parted: tuple[str, int] = ("", 0)
+
+
+def sever(address: str, port: int) -> str:
+    """Close this host's connections to a server there; empty when done, or why it cannot be.
+
+    nginx would wait for a host that is gone for as long as for a model that thinks.
+    """
+    argv = ["ss", "--kill", "--no-header", "--tcp", "--numeric", "dst", address, "dport", "=", f":{port}"]
+    try:
+        done = subprocess.run(
+            argv,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            timeout=SEVER_SECONDS,
+            env={**os.environ, "LC_ALL": "C"},
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return f"ss: no answer within {SEVER_SECONDS:g} s"
+    except OSError as error:
+        return f"ss: {error.strerror}"
+    return done.stderr.decode(errors="replace").strip()
 
 
 class Updater:
     """One selector loop: squeue, one health probe per tier, and a tick."""
 
-    def __init__(self, config: Config, nginx: Nginx) -> None:
+    def __init__(self, config: Config, nginx: Nginx, sever: Callable[[str, int], str] = sever) -> None:
         self.config = config
+        self.sever = sever
         self.selector = selectors.DefaultSelector()
         self.query = SqueueQuery(config.service_user, [tier.job_name for tier in config.tiers])
         self.query_at = 0.0
@@ -505,6 +536,7 @@ class Updater:
         self.query.end()
         for watched in self.watched:
             self._forget_health(watched)
+            self._forget_parting(watched)
         self.selector.close()
 
     def turn(self) -> None:
@@ -516,6 +548,7 @@ class Updater:
         now = time.monotonic()
         for watched in self.watched:
             self._look(watched, readings[watched.config.tier], now)
+            self._part(watched)
 
     def _ask_slurm(self) -> None:
         now = time.monotonic()
@@ -571,6 +604,31 @@ class Updater:
             memory.good = target
             if not was_up:
                 say(f"{tier.tier}: routed to {target.host}, job {target.job} restart {target.restart}")
+
+    def _part(self, watched: Watched) -> None:
+        """Streams of a server that is not routed to any more go on, unless its host is gone: then they would hang."""
+        tier, good = watched.config, watched.memory.good
+        place = (tier.nodes[good.host], tier.node_port) if good is not None and watched.router.up else None
+        if place != watched.routed_to:
+            if watched.routed_to is not None:
+                self._forget_parting(watched)
+                watched.parting = Probe(self.selector, *watched.routed_to, "/health", CONNECT_TIMEOUT)
+                watched.parted = watched.routed_to
+            watched.routed_to = place
+        probe = watched.parting
+        if probe is None or not probe.advance():
+            return
+        self._forget_parting(watched)
+        if not probe.connected and probe.failure != "refused":
+            address, port = watched.parted
+            failure = self.sever(address, port)
+            say(f"{tier.tier}: {address} does not answer: {failure or 'connections to it are closed'}")
+
+    @staticmethod
+    def _forget_parting(watched: Watched) -> None:
+        if watched.parting is not None:
+            watched.parting.close()
+            watched.parting = None
 
     def _adopt(self, watched: Watched, now: float) -> None:
         """After our own restart: what is routed stays routed until something speaks against it."""

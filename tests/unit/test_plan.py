@@ -54,6 +54,7 @@ def test_plan_of_a_router_tier() -> None:
         "cpus_per_node": 8,
         "mem_mib": got["slurm"]["mem_mib"],
         "signal_seconds": 25,
+        "nice": 100000,
     }
     assert got["nodes"] == {
         "vasp-02": {"address": "10.0.0.12", "rpc_address": "10.0.1.12", "numa_node": 1, "role": "router"}
@@ -189,7 +190,43 @@ def test_layer_split_plan_names_roles_and_the_split() -> None:
     assert flags["--rpc"] == "10.0.1.12:50052,10.0.1.13:50052"
     assert (flags["--split-mode"], flags["--tensor-split"]) == ("layer", "1,2,2")
     assert (flags["--cache-ram"], flags["--fit"], flags["--gpu-layers"]) == ("0", "off", "999")
-    assert any(warning.startswith("not served yet") for warning in got["warnings"])
+    assert flags["--reasoning-format"] == "deepseek"
+    assert "--chat-template-file" not in flags
+    assert "GGML_RPC_DEBUG" not in {**got["server"]["environment"], **got["worker"]["environment"]}
+
+
+def test_layer_split_tier_with_a_chat_template_and_the_engines_debug_output() -> None:
+    template = "{% for message in messages %}{{ message.content }}{% endfor %}"
+    value = sites.site()
+    value["tiers"][1] |= {"chat_template": template, "rpc_debug": True, "reasoning_format": "none"}
+    got = plan.plan_tier(value, "reasoning", sites.headers())
+    assert (got["chat_template"], got["chat_template_file"]) == (template, "/cluster/shared/ai/plans/reasoning.jinja")
+    flags = options(got["server"]["args"])
+    assert (flags["--chat-template-file"], flags["--reasoning-format"]) == (got["chat_template_file"], "none")
+    assert got["server"]["environment"]["GGML_RPC_DEBUG"] == got["worker"]["environment"]["GGML_RPC_DEBUG"] == "1"
+
+
+@pytest.mark.parametrize(
+    ("nodes", "priorities", "nice"),
+    [
+        (["vasp-02"], (10, 20), {"fast": 100000, "reasoning": 0}),
+        (["vasp-02"], (20, 10), {"fast": 0, "reasoning": 100000}),
+        (["vasp-04"], (10, 20), {"fast": 0, "reasoning": 0}),
+    ],
+)
+def test_a_tier_is_nice_to_those_that_go_before_it_on_its_nodes(
+    nodes: list[str], priorities: tuple[int, int], nice: dict[str, int]
+) -> None:
+    value = sites.site()
+    value["nodes"]["vasp-04"] = {
+        **value["nodes"]["vasp-03"],
+        "cluster_address": "10.0.0.14",
+        "rpc_address": "10.0.1.14",
+    }
+    value["tiers"][0] |= {"nodes": nodes, "priority": priorities[0]}
+    value["tiers"][1]["priority"] = priorities[1]
+    plans = {name: plan.plan_tier(value, name, sites.headers()) for name in nice}
+    assert {name: one["slurm"]["nice"] for name, one in plans.items()} == nice
 
 
 def test_tiers_that_share_a_gpu_are_warned_of() -> None:

@@ -7,6 +7,7 @@ import dataclasses
 import http.server
 import json
 import os
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -174,7 +175,12 @@ class Site:
         self.health: int | None = 200
         self.server: http.server.ThreadingHTTPServer | None = None
         self.publisher: record.Publisher | None = None
-        self.updater = upstream.Updater(self.config, self.nginx)
+        self.severed: list[tuple[str, int]] = []
+        self.updater = upstream.Updater(self.config, self.nginx, self.sever)
+
+    def sever(self, address: str, port: int) -> str:
+        self.severed.append((address, port))
+        return ""
 
     def serve(self) -> None:
         site = self
@@ -227,7 +233,7 @@ class Site:
 
     def restart(self) -> None:
         self.updater.close()
-        self.updater = upstream.Updater(self.config, self.nginx)
+        self.updater = upstream.Updater(self.config, self.nginx, self.sever)
 
     def spoil(self, data: bytes) -> None:
         """Put this in the record's place; the publisher stops, so it stays."""
@@ -409,6 +415,44 @@ def test_one_late_health_answer_is_forgiven_two_are_not(site: Site, monkeypatch:
     assert site.up
     site.health = None
     site.until(lambda: not site.up, 3.0)
+
+
+def test_streams_of_a_host_that_is_gone_are_ended(
+    site: Site, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(upstream, "HEALTH_TIMEOUT", 0.3)
+    monkeypatch.setattr(upstream, "CONNECT_TIMEOUT", 0.5)
+    routed(site)
+    assert site.server is not None
+    # A queue of connections that is full answers none of the packets of the next one, as a host does that is gone.
+    site.server.shutdown()
+    site.server.socket.listen(0)
+    with contextlib.ExitStack() as stack:
+        for _ in range(4):
+            one = stack.enter_context(socket.socket())
+            one.setblocking(False)
+            one.connect_ex(("127.0.0.1", site.place.port))
+        site.until(lambda: site.severed)
+        site.turn_for(1.0)
+    assert site.severed == [("127.0.0.1", site.place.port)]
+    assert "127.0.0.1 does not answer: connections to it are closed" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("how", ["withdrawn", "refused", "hung"])
+def test_streams_of_a_host_that_is_there_are_left_alone(site: Site, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+    monkeypatch.setattr(upstream, "HEALTH_TIMEOUT", 0.3)
+    monkeypatch.setattr(upstream, "CONNECT_TIMEOUT", 0.3)
+    routed(site)
+    if how == "withdrawn":
+        assert site.publisher is not None
+        site.publisher.withdraw(1.0)
+    elif how == "refused":
+        site.hang_up()
+    else:
+        site.health = None
+    site.until(lambda: not site.up)
+    site.turn_for(1.0)
+    assert site.severed == []
 
 
 def test_loading_server_is_not_routed(site: Site) -> None:
