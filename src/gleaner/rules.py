@@ -207,6 +207,27 @@ def _rpc_endpoints(case: Case) -> Iterator[Problem]:
 
 
 @_rule(
+    "one RPC server a node",
+    "error",
+    "its port is the same for all tiers, and it serves one head at a time",
+    "llama.cpp, ggml/src/ggml-rpc/ggml-rpc.cpp",
+)
+def _one_rpc_server(case: Case) -> Iterator[Problem]:
+    if not case.split:
+        return
+    rivals = {other.name for other, _ in competitors(case.site, case.tier)}
+    for other in list(case.site.tiers.values())[: case.index]:
+        shared = [name for name in case.tier.workers if name in other.workers]
+        if shared and other.name not in rivals:
+            yield Problem(
+                f"{case.prefix}.workers",
+                f"{', '.join(shared)}, workers of tier {other.name} too, which would run at the same time",
+                "nodes that are workers of one tier",
+                "other workers for one of the two",
+            )
+
+
+@_rule(
     "CUDA is built for the GPUs",
     "error",
     "a build without a GPU's architecture does not run on it: CUDA 13 can no longer make SM70",

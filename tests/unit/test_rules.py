@@ -64,6 +64,18 @@ def gpus(model: str, *nodes: str) -> Change:
     return change
 
 
+def second_split(worker: str) -> Change:
+    """Another layer-split tier, on nodes with a GPU for each tier."""
+
+    def change(value: dict[str, Any], headers: dict[str, Any]) -> None:
+        for node in value["nodes"].values():
+            node["gpus"] *= 2
+        names = {"name": "second", "job_name": "llama-second", "gateway_port": 8082, "priority": 30}
+        value["tiers"].append({**value["tiers"][REASONING], **names, "head": "vasp-04", "workers": [worker]})
+
+    return change
+
+
 def both(*changes: Change) -> Change:
     def change(value: dict[str, Any], headers: dict[str, Any]) -> None:
         for one in changes:
@@ -108,6 +120,11 @@ CASES: dict[str, tuple[int, Change, Change]] = {
         REASONING,
         tier(REASONING, workers=["vasp-02", "vasp-03", "vasp-04"]),
         tier(REASONING, workers=["vasp-03", "vasp-04"]),
+    ),
+    "one RPC server a node": (
+        2,
+        second_split("vasp-03"),
+        second_split("vasp-05"),
     ),
     "CUDA is built for the GPUs": (FAST, gpus("a100", "vasp-02"), gpus("a100", "vasp-01")),
     "the GPU is known": (FAST, gpus("b300", "vasp-02"), both(gpus("b300"), engine(backend="cpu"))),
