@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gleaner import files, heartbeat
+from gleaner import confine, files, heartbeat
 from gleaner.journal import say
 from gleaner.probe import Probe
 
@@ -55,6 +55,7 @@ class Task:
     port: int
     role: str
     prune: dict[str, Any] | None
+    confine: dict[str, Any] | None
 
     @property
     def router(self) -> bool:
@@ -159,8 +160,34 @@ def group_memory(group: int) -> tuple[int, int]:
     return resident >> 10, locked >> 10
 
 
-def _die_with_parent(parent: int) -> None:
-    """In the child, before exec: be killed when the agent dies, even by SIGKILL."""
+def rules_of(task: Task) -> confine.Ruleset | None:
+    """What the task's program may do; None for one that is trusted."""
+    if task.confine is None:
+        return None
+    bring_uvm()
+    program = Path(task.argv[0])
+    numactl = shutil.which("numactl") or ""
+    loaders = [path.resolve() for folder in ("/lib", "/lib64") for path in Path(folder).glob("ld-linux*")]
+    writable = [Path(folder) for folder in (*task.confine["writable"], "/dev", "/proc")]
+    rules = confine.Ruleset([program, *([Path(numactl).resolve()] if numactl else []), *loaders], writable, task.port)
+    if rules.version == 0:
+        say("RPC server is not confined: this kernel has no Landlock, or a container forbids it")
+    return rules
+
+
+def bring_uvm(devices: Path = Path("/dev")) -> None:
+    """CUDA makes a device file that is missing by a setuid program, which no confined process can start."""
+    if (devices / "nvidiactl").exists() and not (devices / "nvidia-uvm").exists():
+        try:
+            subprocess.run(["nvidia-modprobe", "-u", "-c=0"], stdin=subprocess.DEVNULL, timeout=30, check=True)
+        except (OSError, subprocess.SubprocessError) as error:
+            say(f"{devices}/nvidia-uvm is missing, and nvidia-modprobe cannot bring it: {error}")
+
+
+def _in_child(parent: int, rules: confine.Ruleset | None) -> None:
+    """Before exec: be killed when the agent dies, even by SIGKILL, and be confined."""
+    if rules is not None:
+        rules.enforce()
     _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != parent:
         os._exit(127)
@@ -243,7 +270,7 @@ class Process:
             environment["LLAMA_API_KEY"] = key
         # gdb is not wanted on a node at 3 a.m.; llama.cpp starts it on abort otherwise.
         environment["GGML_NO_BACKTRACE"] = "1"
-        parent = os.getpid()
+        parent, rules = os.getpid(), rules_of(task)
         log = os.open(task.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
         try:
             child = subprocess.Popen(
@@ -255,10 +282,12 @@ class Process:
                 start_new_session=True,
                 # SIGPIPE stays ignored, as Python has it: an RPC server would die of a client that leaves.
                 restore_signals=False,
-                preexec_fn=lambda: _die_with_parent(parent),
+                preexec_fn=lambda: _in_child(parent, rules),
             )
         finally:
             os.close(log)
+            if rules is not None:
+                rules.close()
         # Reaped by `reap` with everybody else's children, not by Popen.
         child.returncode = 0
         say(f"started pid {child.pid}: {' '.join(argv)}")
@@ -440,7 +469,7 @@ class Agent:
             # An RPC server knows no key: the firewall alone keeps others away from it.
             self.key = files.read_key(self.key_file) if task.answers_http else ""
             self.process = Process.launch(task, self.key)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, subprocess.SubprocessError) as error:
             say(f"cannot start {task.argv[0]}: {error}")
             self.channel.send({"refused": task.start, "why": str(error)})
 

@@ -419,6 +419,7 @@ def _worker(tier: Tier, split: Split, cpus: int) -> dict[str, Any]:
         "args": ["--threads", str(tier.threads or cpus), "--cache"],
         "environment": _split_environment(tier),
         "cache": {"directory": RPC_CACHE_DIR, "limit_mib": 2 * held},
+        "confined": tier.rpc_confined,
     }
 
 

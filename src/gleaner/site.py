@@ -114,6 +114,7 @@ class Tier:
     chat_template: str | None = None
     reasoning_format: str = "deepseek"
     rpc_debug: bool = False
+    rpc_confined: bool = True
 
     @property
     def all_nodes(self) -> tuple[str, ...]:
@@ -206,7 +207,7 @@ _COMMON_TIER_KEYS = (
 )
 _KIND_KEYS = {
     "router": ("nodes", "models", "models_max"),
-    "layer_split": ("head", "workers", "model", "chat_template", "reasoning_format", "rpc_debug"),
+    "layer_split": ("head", "workers", "model", "chat_template", "reasoning_format", "rpc_debug", "rpc_confined"),
 }
 TIER_WHOLES = {
     # key: (least, most, the value to start from)
@@ -876,8 +877,9 @@ def _check_tier(
 def _check_answers(check: Checker, tier: Mapping[str, Any], prefix: str) -> None:
     """What of a layer-split tier shapes its answers and its logs."""
     check.choice(tier.get("reasoning_format", "deepseek"), f"{prefix}.reasoning_format", REASONING_FORMATS)
-    if "rpc_debug" in tier:
-        check.flag(tier["rpc_debug"], f"{prefix}.rpc_debug")
+    for key in ("rpc_debug", "rpc_confined"):
+        if key in tier:
+            check.flag(tier[key], f"{prefix}.{key}")
     text = tier.get("chat_template")
     if text is not None and not (isinstance(text, str) and "messages" in text and len(text) <= _TEMPLATE_CHARACTERS):
         check.add(

@@ -55,6 +55,7 @@ class Worker:
     environment: dict[str, str]
     cache_directory: str
     cache_limit_mib: int
+    confined: bool
 
 
 @dataclass(frozen=True)
@@ -103,6 +104,7 @@ class Plan:
                 environment={name: str(text) for name, text in given["environment"].items()},
                 cache_directory=str(given["cache"]["directory"]),
                 cache_limit_mib=int(given["cache"]["limit_mib"]),
+                confined=bool(given["confined"]),
             )
             if head is None:
                 raise KeyError("a node with the role head")
@@ -479,6 +481,7 @@ class Supervisor:
             address=address,
             port=worker.port,
             prune={"directory": worker.cache_directory, "limit_mib": worker.cache_limit_mib},
+            confine={"writable": [worker.cache_directory]} if worker.confined else None,
         )
 
     def _start_server(self) -> None:
@@ -493,6 +496,7 @@ class Supervisor:
             address=address,
             port=self.plan.port,
             prune=None,
+            confine=None,
         )
 
     def _start_on(self, node: str, **task: Any) -> None:

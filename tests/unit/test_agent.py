@@ -37,6 +37,7 @@ def task(place: Home, **more: object) -> agent.Task:
         "port": place.port,
         "role": "router",
         "prune": None,
+        "confine": None,
         **more,
     }
     return agent.Task.from_message(value)
