@@ -1,8 +1,9 @@
 """What an RPC server may do on its node, set by the kernel (Landlock) before it begins.
 
 Whoever reaches its port can make it do things that were never meant (its protocol has no authentication), and it runs
-as the user who owns the endpoint records. So it may write into its cache and to devices, start no other program, connect
-to nobody, and signal nobody. Landlock's parts came with kernels 5.13 to 6.12; an older one enforces what it knows.
+as the user who owns the endpoint records. So it may write into its cache and to devices, start no other program,
+connect to nobody, and signal nobody. Landlock's parts came with kernels 5.13 to 6.12; an older one enforces what it
+knows.
 Source: Documentation/userspace-api/landlock.rst and include/uapi/linux/landlock.h of Linux.
 """
 

@@ -25,6 +25,11 @@ NODES = ("vasp-01", "vasp-02", "vasp-03")
 HOSTS = (CONTROLLER, *NODES)
 OCTETS = dict(zip(HOSTS, range(10, 14)))
 
+# The tier reasoning of inventories/lab.
+HEAD, WORKERS = "vasp-01", ("vasp-03",)
+SPLIT_JOB, SPLIT_PORT, RPC_PORT = "llama-72b", 8081, 50052
+THINKING = "smollm2-135m-thinking-q4_1"
+
 # The tier fast of inventories/lab.
 TIER_NODE = "vasp-02"
 JOB_NAME = "llama-14b"
@@ -43,6 +48,10 @@ T = TypeVar("T")
 
 def address(name: str) -> str:
     return f"10.213.{LAB_ID}.{OCTETS[name]}"
+
+
+def rpc_address(name: str) -> str:
+    return f"10.214.{LAB_ID}.{OCTETS[name]}"
 
 
 @cache
@@ -204,12 +213,12 @@ def complete(model: str, tokens: int = 1, port: int = PORT) -> Answer:
     return ask("/v1/completions", {"model": model, "prompt": "Once upon a time", "max_tokens": tokens}, port=port)
 
 
-def stream(model: str, tokens: int) -> Answer:
+def stream(model: str, tokens: int, port: int = PORT) -> Answer:
     """A stream of so many tokens, read to its end; a whole one ends with `[DONE]`."""
     wish = {"model": model, "prompt": "Once upon a time", "max_tokens": tokens, "stream": True, "ignore_eos": True}
     start = time.monotonic()
     try:
-        return ask("/v1/completions", wish)
+        return ask("/v1/completions", wish, port=port)
     except http.client.IncompleteRead as broken:
         return Answer(200, {}, broken.partial, time.monotonic() - start)
 
@@ -234,12 +243,14 @@ def assert_away(answer: Answer, seconds: float = ANSWER_SECONDS) -> None:
     assert error["code"] == 503, answer
 
 
-def wait_served(seconds: float = BACK_SECONDS) -> None:
+def wait_served(seconds: float = BACK_SECONDS, port: int = PORT) -> None:
     """The tier answers, and what it answered before then was fit for clients."""
-    watch(lambda answers: answers[-1].status == 200, seconds)
+    watch(lambda answers: answers[-1].status == 200, seconds, port=port)
 
 
-def watch(done: Callable[[list[Answer]], bool], seconds: float = BACK_SECONDS, refused: bool = False) -> list[Answer]:
+def watch(
+    done: Callable[[list[Answer]], bool], seconds: float = BACK_SECONDS, refused: bool = False, port: int = PORT
+) -> list[Answer]:
     """Ask /health again and again until done; whatever is not 200 has to be a proper 503.
 
     `refused`: nobody listening is allowed, too, since the test itself restarts nginx.
@@ -248,7 +259,7 @@ def watch(done: Callable[[list[Answer]], bool], seconds: float = BACK_SECONDS, r
     deadline = time.monotonic() + seconds
     while not answers or not done(answers):
         assert time.monotonic() < deadline, f"not done within {seconds:g} s; the last answer: {answers[-1:]}"
-        answer = ask("/health", timeout=ANSWER_SECONDS)
+        answer = ask("/health", timeout=ANSWER_SECONDS, port=port)
         if answer.status != 200 and not (refused and answer.status == 0):
             assert_away(answer)
         answers.append(answer)
