@@ -81,7 +81,7 @@ class _Site:
     def __init__(self, here: lab.Lab) -> None:
         self.controller, self.node = here.ssh("slurm-ctl"), here.ssh(NODE)
         site = here.value("slurm-ctl", "site")
-        site["tiers"] = [*site["tiers"], TIER]
+        site["tiers"] = [TIER]
         self.user = str(site["service_user"])
         self.plan = planner.plan_tier(site, str(TIER["name"]), site_model.read_headers(site))
         arguments = self.plan["server"]["args"]
@@ -101,7 +101,7 @@ class _Site:
         command = [
             *("runuser", "-u", self.user, "--", "sbatch", "--parsable", "--chdir=/", f"--job-name={TIER['job_name']}"),
             *(f"--partition={slurm['partition']}", f"--qos={slurm['qos']}", f"--account={slurm['account']}"),
-            *(f"--nodelist={NODE}", "--gres=gpu:1", f"--cpus-per-task={slurm['cpus_per_node']}", f"--mem={mem_mib}M"),
+            *(f"--nodelist={NODE}", f"--cpus-per-task={slurm['cpus_per_node']}", f"--mem={mem_mib}M"),
             *("--no-requeue", "--propagate=NONE", "--acctg-freq=task=1", f"--output={self.folder}/logs/%j.log"),
             f"--wrap=exec /usr/local/bin/gleaner supervise --plan {self.folder}/plans/sizing.json",
         ]

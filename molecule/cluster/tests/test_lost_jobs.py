@@ -31,7 +31,8 @@ def lost() -> Iterator[Job]:
     before = cluster.wait_until("it runs", lambda: one if (one := job(number)) and one.state == "RUNNING" else None)
     # slurmctld writes its state down now and then.
     cluster.wait_until("it is in slurmctld's books", lambda: age(number) > 12)
-    run(NODE, "systemctl stop slurmd && pkill -KILL slurmstepd && pkill -KILL -u alice")
+    # The tier that has this node, too, goes on.
+    run(NODE, f"systemctl stop slurmd && pkill -KILL --full 'slurmstepd: .{number}[.]' && pkill -KILL -u alice")
     run(CONTROLLER, "systemctl kill --signal=KILL slurmctld && systemctl restart slurmctld")
     run(NODE, "systemctl start slurmd")
     yield before

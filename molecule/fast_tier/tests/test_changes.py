@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +14,7 @@ import yaml
 
 from tests.lab import cluster
 from tests.lab.ansible import ROOT, Run, playbook
-from tests.lab.cluster import CONTROLLER, JOB_NAME, PORT, SERVICE_USER, SMOLLM2, TINY, run
+from tests.lab.cluster import CONTROLLER, PORT, SERVICE_USER, SMOLLM2, SPLIT_PORT, TINY, run
 
 SECOND_NODE = "vasp-03"
 SECOND: dict[str, Any] = {
@@ -36,9 +35,14 @@ PLAN = f"{SHARED}/ai/plans/second.json"
 
 
 def fast(**differences: object) -> dict[str, Any]:
-    """The tier of the lab's inventory."""
-    (tier,) = yaml.safe_load((ROOT / "inventories/lab/group_vars/all/tiers.yml").read_text())["tiers"]
-    return {**tier, **differences}
+    """The router tier of the lab's inventory."""
+    return {**tiers()["fast"], **differences}
+
+
+def tiers() -> dict[str, dict[str, Any]]:
+    """The lab's inventory."""
+    found = yaml.safe_load((ROOT / "inventories/lab/group_vars/all/tiers.yml").read_text())["tiers"]
+    return {tier["name"]: tier for tier in found}
 
 
 def apply(folder: Path, *tiers: dict[str, Any]) -> Run:
@@ -57,7 +61,7 @@ def _only_the_inventory_s_tier_stays(tmp_path_factory: pytest.TempPathFactory) -
     if '"second"' not in run(CONTROLLER, "cat /etc/gleaner/keeper.json"):
         # The last test has seen to it.
         return
-    apply(tmp_path_factory.mktemp("tiers"), fast())
+    apply(tmp_path_factory.mktemp("tiers"), *tiers().values())
     cluster.wait_until("the second job is gone", lambda: not jobs_of("llama-second"))
     cluster.wait_served()
 
@@ -73,8 +77,8 @@ def kept(tier: str) -> dict[str, Any]:
 
 
 def wanted_digest(tier: str) -> str:
-    tiers = json.loads(run(CONTROLLER, "cat /etc/gleaner/keeper.json"))["tiers"]
-    return next(str(entry["digest"]) for entry in tiers if entry["tier"] == tier)
+    keeping = json.loads(run(CONTROLLER, "cat /etc/gleaner/keeper.json"))["tiers"]
+    return next(str(entry["digest"]) for entry in keeping if entry["tier"] == tier)
 
 
 def status(tier: str) -> dict[str, Any]:
@@ -197,7 +201,7 @@ def test_a_tier_that_leaves_the_inventory_is_gone_without_a_trace(tmp_path: Path
     before = cluster.running_job()
     run(CONTROLLER, f"echo '#SBATCH --comment=mine' > {SHARED}/scripts/llama-cpp/run-mine.slurm")
     try:
-        applied = apply(tmp_path, fast())
+        applied = apply(tmp_path, *tiers().values())
         assert PLAN in applied.output
         assert SCRIPT in applied.output
         cluster.wait_until("its job is gone", lambda: not jobs_of("llama-second"), 60)
@@ -207,10 +211,10 @@ def test_a_tier_that_leaves_the_inventory_is_gone_without_a_trace(tmp_path: Path
         assert "run-mine.slurm" in left, "a site's own script"
         assert run(SECOND_NODE, "ls -A /scratch/ai/models").split() == [".staging"]
         assert cluster.ask("/health", port=8083).status == 0
-        assert re.search(r"^ +tcp dport", run(SECOND_NODE, "nft list table inet gleaner"), re.MULTILINE) is None
         assert cluster.running_job() == before
         assert cluster.ask("/health", port=PORT).status == 200
-        assert cluster.running_job(JOB_NAME).state == "RUNNING"
+        # The layer-split tier, which had made room, is back on the node.
+        cluster.wait_until("the other tier is served", lambda: cluster.ask("/health", port=SPLIT_PORT).status == 200)
     finally:
         run(CONTROLLER, f"rm {SHARED}/scripts/llama-cpp/run-mine.slurm")
 

@@ -119,7 +119,7 @@ def port_to_come(tmp_path: Path) -> Path:
     models = yaml.safe_load((variables / "models.yml").read_text())["models"]
     (tiny,) = (model for model in models if model["name"] == TINY)
     file = tmp_path / "moved.json"
-    moved = [{**tier, "gateway_port": PORT + 10} for tier in tiers]
+    moved = [{**tier, "gateway_port": PORT + 10} if tier["name"] == "fast" else tier for tier in tiers]
     file.write_text(json.dumps({"tiers": moved, "models": [*models, {**tiny, "name": "other", "sha256": "0" * 64}]}))
     return file
 
