@@ -12,10 +12,10 @@ import os
 import selectors
 import signal
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from gleaner import digest, files, heartbeat, slurm
+from gleaner import claims, digest, files, heartbeat, slurm
 from gleaner.journal import OnChange, notify, say
 from gleaner.states import Exit
 
@@ -27,6 +27,14 @@ SHORT_RUN_SECONDS = 10
 COMMAND_SECONDS = 10.0
 SCRIPT_LIMIT = 1 << 16
 WAITING_STATES = {"PENDING", "CONFIGURING"}
+# Jobs that have nodes. One that completes will give them back, but has not yet.
+HOLDING_STATES = {"CONFIGURING", "RUNNING", "COMPLETING"}
+# What Slurm says of a job that waits for nodes. It may be old: whether there are any is asked of the nodes.
+WAITING_REASONS = ("None", "Priority", "Resources", "ReqNodeNotAvail", "Nodes required for job")
+# After each claim that did not lead to a good run, the next one needs twice the wait; so often at most.
+CLAIM_DOUBLINGS = 6
+# How long, besides claim_after_seconds, Slurm has to start a job whose nodes are free.
+START_SECONDS = 60.0
 LIVING_STATES = {"PENDING", "CONFIGURING", "RUNNING", "SUSPENDED", "STOPPED", "COMPLETING"}
 
 
@@ -36,6 +44,7 @@ class TierConfig:
     job_name: str
     script: str
     digest: str
+    need: claims.Need
 
 
 @dataclass(frozen=True)
@@ -46,6 +55,8 @@ class Config:
     """How long a job that was told to yield may take, before it is cancelled."""
     accounting_seconds: float
     """How long accounting is asked who cancelled a job."""
+    claim_after_seconds: float
+    """How long a tier waits for what lower tiers hold, before they have to yield."""
     state: Path
     tiers: tuple[TierConfig, ...]
 
@@ -58,6 +69,7 @@ class Config:
                 poll_seconds=float(value["poll_seconds"]),
                 yield_seconds=float(value["yield_seconds"]),
                 accounting_seconds=float(value["accounting_seconds"]),
+                claim_after_seconds=float(value["claim_after_seconds"]),
                 state=Path(value["state"]),
                 tiers=tuple(
                     TierConfig(
@@ -65,6 +77,7 @@ class Config:
                         job_name=str(tier["job_name"]),
                         script=str(tier["script"]),
                         digest=str(tier["digest"]),
+                        need=claims.Need.load(tier["need"]),
                     )
                     for tier in value["tiers"]
                 ),
@@ -85,7 +98,11 @@ class TierState:
     failures: int = 0
     held: bool = False
     why: str = ""
-    """Of a tier that is held, or whose job is being ended, or whose last job is not accounted for yet."""
+    """Of a tier that is held, whose job is being ended or not accounted for yet, or that makes way for another."""
+    claims: int = 0
+    """How often lower tiers had to yield to this one since it last ran well."""
+    claimed: list[str] = field(default_factory=list)
+    """The nodes that lower tiers are kept from now, so that this one can start."""
 
 
 def load_state(path: Path) -> dict[str, TierState]:
@@ -101,6 +118,8 @@ def load_state(path: Path) -> dict[str, TierState]:
                 failures=int(kept["failures"]),
                 held=bool(kept["held"]),
                 why=str(kept["why"]),
+                claims=int(kept.get("claims", 0)),
+                claimed=[str(name) for name in kept.get("claimed", [])],
             )
             for tier, kept in value["tiers"].items()
         }
@@ -171,6 +190,20 @@ def how_it_ended(fields: dict[str, str]) -> End:
     return End(failed, cancelled, ran >= GOOD_RUN_SECONDS, words)
 
 
+def waits_for_nodes(job: slurm.Job) -> bool:
+    """Nothing but nodes is missing: nobody holds the job, no time, dependency or limit does."""
+    return job.state == "PENDING" and (job.reason.replace("_", " ") or "None").startswith(WAITING_REASONS)
+
+
+@dataclass(frozen=True)
+class Departure:
+    """Why a job has to go."""
+
+    words: str
+    comment: str
+    """What its supervisor reads when it asks Slurm why."""
+
+
 class Keeper:
     """One poll is one look at Slurm and at most one act per tier."""
 
@@ -181,6 +214,13 @@ class Keeper:
         self.told: dict[int, float] = {}
         self.ask_until: dict[int, float] = {}
         self.changes = OnChange()
+        # Of a tier that could claim nodes: since when; of one that has: until when; how often they were seen lost.
+        self.wanting_since: dict[str, float] = {}
+        self.claim_until: dict[str, float] = {}
+        self.lost_sight: dict[str, int] = {}
+        # Tiers that may not start now, and jobs that have to yield: for whom, in words.
+        self.outranked: dict[str, str] = {}
+        self.yielding: dict[int, str] = {}
 
     def poll(self) -> None:
         names = [tier.job_name for tier in self.config.tiers]
@@ -195,7 +235,10 @@ class Keeper:
         self.state = load_state(self.config.state)
         before = json.dumps({name: dataclasses.asdict(state) for name, state in self.state.items()}, sort_keys=True)
         for tier in self.config.tiers:
-            state = self.state.setdefault(tier.tier, TierState())
+            self.state.setdefault(tier.tier, TierState())
+        self._compete(jobs)
+        for tier in self.config.tiers:
+            state = self.state[tier.tier]
             try:
                 self._keep(tier, state, [job for job in jobs if job.name == tier.job_name])
             except slurm.SlurmError as error:
@@ -211,10 +254,10 @@ class Keeper:
 
     def _keep(self, tier: TierConfig, state: TierState, jobs: list[slurm.Job]) -> None:
         living = [job for job in jobs if job.state != "COMPLETING"]
-        outdated = [job for job in living if self._has_to_go(tier, state, job)]
-        if outdated:
+        leaving = [(job, why) for job in living if (why := self._why_to_go(tier, state, job))]
+        if leaving:
             # First the one that waits: it would start where the running one ends.
-            self._replace(tier, state, min(outdated, key=lambda one: one.state not in WAITING_STATES))
+            self._see_off(tier, state, *min(leaving, key=lambda one: one[0].state not in WAITING_STATES))
         elif living:
             self._look_after(tier, state, max(living, key=lambda one: (one.state == "RUNNING", -one.id)))
         elif state.held:
@@ -224,10 +267,13 @@ class Keeper:
         elif state.job:
             self._account(tier, state)
         else:
+            state.why = self.outranked.get(tier.tier, "")
             if state.failures and self._outdated(tier, state.digest):
                 say(f"{tier.tier}: its plan has changed, the failures of the old one do not count")
                 state.failures = 0
-            if self._waited(tier, state):
+            if state.why:
+                self.changes.say(tier.tier, f"{tier.tier}: makes way: {state.why}")
+            elif self._waited(tier, state):
                 self._submit(tier, state)
 
     # A living job
@@ -251,7 +297,7 @@ class Keeper:
         self.changes.say(tier.tier, f"{tier.tier}: job {job.id} is {job.state.lower()}{where}{reason}")
         if job.state == "RUNNING":
             if job.run_seconds >= GOOD_RUN_SECONDS:
-                state.failures = 0
+                state.failures = state.claims = 0
             return
         if job.state != "PENDING":
             return
@@ -267,12 +313,22 @@ class Keeper:
                 say(f"{tier.tier}: job {job.id} released")
                 self.changes.clear(key)
 
-    def _has_to_go(self, tier: TierConfig, state: TierState, job: slurm.Job) -> bool:
+    def _why_to_go(self, tier: TierConfig, state: TierState, job: slurm.Job) -> Departure | None:
         # What a person holds must not come back under another number.
         if held_by_person(job):
-            return False
+            return None
+        made_from = digest_of(job, state)
         # A job that was told to yield does so, even if its plan is the current one again.
-        return digest.is_replaced(job.comment) or self._outdated(tier, digest_of(job, state))
+        if digest.is_replaced(job.comment) or self._outdated(tier, made_from):
+            words = f"job {job.id} is being replaced: its plan is not the current one"
+            return Departure(words, digest.replaced(made_from))
+        if state.ending and state.job == job.id:
+            return Departure(state.why, digest.outranked(made_from))
+        claim = self.yielding.get(job.id) or (self.outranked.get(tier.tier) if job.state == "PENDING" else None)
+        if claim or digest.is_outranked(job.comment):
+            words = claim or "a tier of higher priority wanted its nodes"
+            return Departure(f"job {job.id} yields: {words}", digest.outranked(made_from))
+        return None
 
     def _outdated(self, tier: TierConfig, made_from: str) -> bool:
         """A job made from this is not the one that would be submitted now.
@@ -293,14 +349,14 @@ class Keeper:
         )
         return False
 
-    def _replace(self, tier: TierConfig, state: TierState, job: slurm.Job) -> None:
-        """End a job whose plan is not the current one; when it is gone, the next one is submitted as ever."""
+    def _see_off(self, tier: TierConfig, state: TierState, job: slurm.Job, why: Departure) -> None:
+        """End a job that has to go; when it is gone, the next one is submitted as ever."""
         self._take(tier, state, job)
-        state.ending, state.why = True, f"job {job.id} is being replaced: its plan is not the current one"
+        state.ending, state.why = True, why.words
         self.changes.say(tier.tier, f"{tier.tier}: {state.why}")
-        self._end(tier.tier, job.id, job.state, state.digest)
+        self._end(tier.tier, job.id, job.state, why.comment)
 
-    def _end(self, name: str, job_id: int, job_state: str, made_from: str) -> None:
+    def _end(self, name: str, job_id: int, job_state: str, comment: str) -> None:
         """Cancel a job that serves nobody; have one that runs yield, and cancel it when it does not."""
         now = time.monotonic()
         told = self.told.get(job_id)
@@ -310,7 +366,7 @@ class Keeper:
             say(f"{name}: job {job_id} cancelled")
         elif told is None:
             try:
-                slurm.comment(job_id, digest.replaced(made_from))
+                slurm.comment(job_id, comment)
             except slurm.SlurmError as error:
                 say(f"{name}: job {job_id} cannot be told why it has to yield: {error}")
             slurm.terminate(job_id)
@@ -320,6 +376,94 @@ class Keeper:
             slurm.cancel(job_id)
             self.told[job_id] = now
             say(f"{name}: job {job_id} did not yield within {self.config.yield_seconds:g} s and is cancelled")
+
+    # Tiers that compete
+
+    def _compete(self, jobs: list[slurm.Job]) -> None:
+        """Find who has to make way for whom: what a waiting tier has claimed is kept from the lower ones."""
+        self.outranked, self.yielding = {}, {}
+        for tier in sorted(self.config.tiers, key=lambda one: -one.need.priority):
+            state = self.state[tier.tier]
+            lower = [other for other in self.config.tiers if tier.need.outranks(other.need)]
+            if not lower or tier.tier in self.outranked or not self._waits(tier, state, jobs):
+                self.wanting_since.pop(tier.tier, None)
+                self._give_up_claim(tier, state, "it does not wait for nodes any more")
+                continue
+            try:
+                self._claim(tier, state, lower, jobs)
+            except slurm.SlurmError as error:
+                self.changes.say(f"{tier.tier}/claim", f"{tier.tier}: cannot see which nodes it could have: {error}")
+            for other in lower:
+                if not set(state.claimed).isdisjoint(other.need.nodes):
+                    self.outranked.setdefault(other.tier, self._claim_in_words(tier, state))
+
+    def _waits(self, tier: TierConfig, state: TierState, jobs: list[slurm.Job]) -> bool:
+        living = [job for job in jobs if job.name == tier.job_name and job.state != "COMPLETING"]
+        # A second one in the queue waits for the first, by its dependency.
+        return all(job.state == "PENDING" for job in living) and any(
+            waits_for_nodes(job) and self._why_to_go(tier, state, job) is None for job in living
+        )
+
+    def _claim(self, tier: TierConfig, state: TierState, lower: list[TierConfig], jobs: list[slurm.Job]) -> None:
+        """Claim nodes for a tier that waits, when it could have them for long enough; or see to a claim that it has."""
+        holders = [
+            claims.Holder(job.id, other.need, frozenset(slurm.hosts(job.nodes)))
+            for other in lower
+            for job in jobs
+            # What a preempted job holds goes to the one that preempts it.
+            if job.name == other.job_name and job.state in HOLDING_STATES and not job.preempted
+        ]
+        holders = [holder for holder in holders if not holder.nodes.isdisjoint(tier.need.nodes)]
+        if not holders and not state.claimed:
+            self.wanting_since.pop(tier.tier, None)
+            return
+        nodes = slurm.nodes(state.claimed or tier.need.nodes, COMMAND_SECONDS)
+        self.changes.clear(f"{tier.tier}/claim")
+        now = time.monotonic()
+        if not state.claimed:
+            way = claims.best_way(tier.need, nodes, holders)
+            if way is None or not way.yields:
+                self.wanting_since.pop(tier.tier, None)
+                return
+            wait = self.config.claim_after_seconds * 2 ** min(state.claims, CLAIM_DOUBLINGS)
+            if now - self.wanting_since.setdefault(tier.tier, now) < wait:
+                return
+            del self.wanting_since[tier.tier]
+            state.claimed, state.claims = sorted(way.nodes), state.claims + 1
+            say(f"{tier.tier}: claims {','.join(state.claimed)}, which lower tiers held for {wait:g} s while it waited")
+        else:
+            way = claims.best_way(dataclasses.replace(tier.need, nodes=tuple(state.claimed)), nodes, holders)
+        self._see_to_claim(tier, state, way, now)
+
+    def _see_to_claim(self, tier: TierConfig, state: TierState, way: claims.Way | None, now: float) -> None:
+        start_seconds = self.config.claim_after_seconds + START_SECONDS
+        # A keeper that was started anew gives a claim its whole time again.
+        until = self.claim_until.setdefault(tier.tier, now + 2 * self.config.yield_seconds + start_seconds)
+        if way is None:
+            # Queue and nodes are not of one moment: the tier itself may just have got them.
+            self.lost_sight[tier.tier] = self.lost_sight.get(tier.tier, 0) + 1
+            if self.lost_sight[tier.tier] > 1:
+                self._give_up_claim(tier, state, "others have its nodes, or Slurm does not give them out")
+            return
+        self.lost_sight.pop(tier.tier, None)
+        if not way.yields:
+            until = self.claim_until[tier.tier] = min(until, now + start_seconds)
+        if now >= until:
+            self._give_up_claim(tier, state, "it did not start in time")
+            return
+        words = self._claim_in_words(tier, state)
+        self.yielding.update({holder.job: words for holder in way.yields})
+
+    def _give_up_claim(self, tier: TierConfig, state: TierState, why: str) -> None:
+        self.claim_until.pop(tier.tier, None)
+        self.lost_sight.pop(tier.tier, None)
+        if state.claimed:
+            say(f"{tier.tier}: its claim on {','.join(state.claimed)} is over: {why}")
+            state.claimed = []
+
+    @staticmethod
+    def _claim_in_words(tier: TierConfig, state: TierState) -> str:
+        return f"{tier.tier} (priority {tier.need.priority}) wants {','.join(state.claimed)}"
 
     # A job that is gone
 
@@ -337,13 +481,14 @@ class Keeper:
                 return
             state.held, state.why = bool(why), why
         # A job that had to end, or of another plan, tells nothing of the next one.
-        done = state.ending or self._outdated(tier, state.digest)
+        outdated = self._outdated(tier, state.digest)
+        done = state.ending or outdated
         say(f"{tier.tier}: job {job_id} ended: {end.words}")
         state.job, state.ending = 0, False
         state.why = state.why if state.held else ""
         self.told.pop(job_id, None)
-        if end.good_run or done:
-            state.failures = 0
+        if end.good_run or outdated:
+            state.failures = state.claims = 0
         if end.failed and not done:
             self._failed(tier, state)
 
@@ -393,7 +538,7 @@ class Keeper:
         state.why = f"job {state.job} ({fields.get('JobName')}) is being ended: the inventory gave it up"
         self.changes.say(name, f"{name}: {state.why}")
         if job_state != "COMPLETING":
-            self._end(name, state.job, job_state, state.digest)
+            self._end(name, state.job, job_state, digest.replaced(state.digest))
         return True
 
     def _failed(self, tier: TierConfig, state: TierState) -> None:

@@ -39,6 +39,7 @@ srun)
     for node in $FAKE_NODES; do SLURMD_NODENAME=$node "$@" & done
     wait ;;
 scontrol)
+    if [ "$2" = node ]; then cat "$FAKE_SLURM/nodes" || exit 1; exit; fi
     if [ "$1" = show ]; then cat "$FAKE_SLURM/job" || exit 1; fi
     if [ "$1" = requeue ]; then sed -i 's/PreemptTime=[^ ]*/PreemptTime=None/' "$FAKE_SLURM/job"; fi ;;
 squeue) cat "$FAKE_SLURM/queue" ;;

@@ -13,13 +13,14 @@ from pathlib import Path
 
 import pytest
 
-from gleaner import keeper
+from gleaner import claims, keeper
 from tests.unit.fakes import DIGEST, Home, home, job_text, queue_line, wait_for
 
 OTHER = "fedcba9876543210"
 REPLACED = f"gleaner:{DIGEST} replaced"
 YIELD_SECONDS = 30
 ACCOUNTING_SECONDS = 120
+NEED = claims.Need(10, ("vasp-02",), 1, 1, 8, 65536)
 
 
 class Clock:
@@ -39,8 +40,9 @@ class Site:
             poll_seconds=0.1,
             yield_seconds=YIELD_SECONDS,
             accounting_seconds=ACCOUNTING_SECONDS,
+            claim_after_seconds=60,
             state=place.root / "keeper.json",
-            tiers=(keeper.TierConfig("fast", "llama-14b", str(self.script), DIGEST),),
+            tiers=(keeper.TierConfig("fast", "llama-14b", str(self.script), DIGEST, NEED),),
         )
         self.keeper = keeper.Keeper(self.config)
         self.write_script(DIGEST)
@@ -551,7 +553,7 @@ def test_failures_of_an_older_plan_do_not_delay_the_next(site: Site) -> None:
 
 def test_one_tiers_change_leaves_the_other_alone(site: Site) -> None:
     (fast,) = site.config.tiers
-    slow = keeper.TierConfig("slow", "llama-72b", str(site.place.root / "run-72b.slurm"), OTHER)
+    slow = keeper.TierConfig("slow", "llama-72b", str(site.place.root / "run-72b.slurm"), OTHER, NEED)
     site.place.set(site.place.root / "run-72b.slurm", f"#SBATCH --comment=gleaner:{OTHER}\n")
     site.config = dataclasses.replace(site.config, tiers=(fast, slow))
     site.keeper = keeper.Keeper(site.config)
@@ -648,8 +650,24 @@ def test_program_is_ready_and_stops_on_term(site: Site, tmp_path: Path) -> None:
         "poll_seconds": 0.1,
         "yield_seconds": 30,
         "accounting_seconds": 120,
+        "claim_after_seconds": 60,
         "state": str(site.config.state),
-        "tiers": [{"tier": "fast", "job_name": "llama-14b", "script": str(site.script), "digest": DIGEST}],
+        "tiers": [
+            {
+                "tier": "fast",
+                "job_name": "llama-14b",
+                "script": str(site.script),
+                "digest": DIGEST,
+                "need": {
+                    "priority": 10,
+                    "nodes": ["vasp-02"],
+                    "node_count": 1,
+                    "gpus_per_node": 1,
+                    "cpus_per_node": 8,
+                    "mem_mib": 65536,
+                },
+            }
+        ],
     }
     site.place.set(site.place.root / "config.json", json.dumps(config))
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
