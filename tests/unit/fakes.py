@@ -6,6 +6,7 @@ The programs under test are real processes, started from the zipapp as on a node
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import shutil
@@ -19,6 +20,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from gleaner import slurm
 from tools.build_zipapp import build
 
 # Programs refuse to run as root, and root's own Python may be closed to others.
@@ -154,6 +156,23 @@ def queue_line(**fields: str) -> str:
         "comment": "gleaner:" + DIGEST,
     }
     return "".join(f"{value:<24}|" for value in {**defaults, **fields}.values()) + "\n"
+
+
+# Slurm 24.11 with -d; 22.05 lacks some fields that are not read.
+NODE = (
+    "NodeName={name} Arch=x86_64 CoresPerSocket=8 CPUAlloc={cpus_held} CPUEfctv={cpus} CPUTot={cpus} CPULoad=0.12 "
+    "AvailableFeatures=(null) ActiveFeatures=(null) Gres=gpu:v100s:{gpus}(S:0) GresDrain=N/A "
+    "GresUsed=gpu:v100s:{gpus_held}(IDX:N/A) NodeAddr={name} NodeHostName={name} Version=24.11.5 "
+    "OS=Linux 6.12.0 #1 SMP Debian RealMemory={mem_mib} AllocMem={mem_held_mib} FreeMem=1000 Sockets=2 Boards=1 "
+    "State={state} ThreadsPerCore={threads_per_core} TmpDisk=0 Weight=1 Owner=N/A MCS_label=N/A Partitions=gpu_ai,vasp "
+    "BootTime=2026-11-24T01:00:00 SlurmdStartTime=2026-11-24T01:00:00 LastBusyTime=2026-11-24T01:00:00 "
+    "ResumeAfterTime=None CfgTRES=cpu={cpus},mem={mem_mib}M,gres/gpu={gpus} AllocTRES= CurrentWatts=0 AveWatts=0\n"
+)
+
+
+def node_line(node: slurm.Node, state: str) -> str:
+    """One line of `scontrol show node -o -d`."""
+    return NODE.format(**{**dataclasses.asdict(node), "state": state})
 
 
 def wait_for(what: Callable[[], Any], seconds: float = 10.0) -> Any:

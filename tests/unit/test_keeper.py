@@ -10,6 +10,7 @@ import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -50,7 +51,7 @@ class Site:
     def write_script(self, digest: str) -> None:
         self.place.set(self.script, f"#!/bin/sh\n#SBATCH --comment=gleaner:{digest}\n")
 
-    def restart_keeper(self, **tier: str) -> None:
+    def restart_keeper(self, **tier: Any) -> None:
         """As after playbooks/tiers.yml: another configuration of the tier, if any, and a keeper that reads it."""
         (before,) = self.config.tiers
         self.config = dataclasses.replace(self.config, tiers=(dataclasses.replace(before, **tier),))

@@ -247,11 +247,12 @@ def test_time_limit_stops_without_requeue(place: Home) -> None:
     assert "time limit" in place.log("supervise")
 
 
-def test_replaced_drains_and_leaves_without_requeue(place: Home) -> None:
+@pytest.mark.parametrize("cause", ["replaced", "outranked"])
+def test_told_to_yield_by_the_keeper_drains_and_leaves_without_requeue(place: Home, cause: str) -> None:
     child = supervise(place)
     wait_for(lambda: served(place))
     place.set(place.server / "busy")
-    place.set(place.slurm / "job", job_text(comment="gleaner:0123456789abcdef replaced"))
+    place.set(place.slurm / "job", job_text(comment=f"gleaner:0123456789abcdef {cause}"))
     os.kill(child.pid, signal.SIGTERM)
     wait_for(lambda: served(place) is None, 1.0)
     time.sleep(1.0)
@@ -259,7 +260,7 @@ def test_replaced_drains_and_leaves_without_requeue(place: Home) -> None:
     (place.server / "busy").unlink()
     assert child.wait(10) == Exit.STOPPED
     assert not place.calls_of("scontrol requeue")
-    assert "told to stop (signal): replaced" in place.log("supervise")
+    assert f"told to stop (signal): {cause}" in place.log("supervise")
     assert nothing_left(place)
 
 
