@@ -14,11 +14,14 @@ import signal
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Optional
 
-from gleaner import claims, digest, files, heartbeat, slurm
+from gleaner import claims, digest, files, heartbeat, life, slurm
 from gleaner.journal import OnChange, notify, say
 from gleaner.states import Exit
 
+# A run of a job, its number and its restart, and the number of its last sign of life.
+Moment = tuple[tuple[int, int], Optional[int]]
 PAUSES_SECONDS = (5, 10, 20, 40, 80, 160, 300)
 # A job that ran this long was no failure of ours, however it ended, and wipes out earlier ones.
 GOOD_RUN_SECONDS = 300
@@ -57,6 +60,9 @@ class Config:
     """How long accounting is asked who cancelled a job."""
     claim_after_seconds: float
     """How long a tier waits for what lower tiers hold, before they have to yield."""
+    lost_seconds: float
+    """How long a running job may give no sign of life, before it is taken for lost with its node."""
+    registry: Path
     state: Path
     tiers: tuple[TierConfig, ...]
 
@@ -70,6 +76,8 @@ class Config:
                 yield_seconds=float(value["yield_seconds"]),
                 accounting_seconds=float(value["accounting_seconds"]),
                 claim_after_seconds=float(value["claim_after_seconds"]),
+                lost_seconds=float(value["lost_seconds"]),
+                registry=Path(value["registry"]),
                 state=Path(value["state"]),
                 tiers=tuple(
                     TierConfig(
@@ -103,6 +111,10 @@ class TierState:
     """How often lower tiers had to yield to this one since it last ran well."""
     claimed: list[str] = field(default_factory=list)
     """The nodes that lower tiers are kept from now, so that this one can start."""
+    lost: str = ""
+    """Job and restart that were last taken for lost."""
+    mute: bool = False
+    """That run had never given a sign of life, nor has one since."""
 
 
 def load_state(path: Path) -> dict[str, TierState]:
@@ -120,6 +132,8 @@ def load_state(path: Path) -> dict[str, TierState]:
                 why=str(kept["why"]),
                 claims=int(kept.get("claims", 0)),
                 claimed=[str(name) for name in kept.get("claimed", [])],
+                lost=str(kept.get("lost", "")),
+                mute=bool(kept.get("mute", False)),
             )
             for tier, kept in value["tiers"].items()
         }
@@ -201,7 +215,7 @@ class Departure:
 
     words: str
     comment: str
-    """What its supervisor reads when it asks Slurm why."""
+    """What its supervisor reads when it asks Slurm why; empty when that is told already."""
 
 
 class Keeper:
@@ -214,6 +228,10 @@ class Keeper:
         self.told: dict[int, float] = {}
         self.ask_until: dict[int, float] = {}
         self.changes = OnChange()
+        self.look = life.Look(config.registry)
+        self.signs: dict[str, life.Sign | None] = {}
+        # Of a tier whose job runs: the run and the sign that was seen last, and since when it is that one.
+        self.moved: dict[str, tuple[Moment, float]] = {}
         # Of a tier that could claim nodes: since when; of one that has: until when; how often they were seen lost.
         self.wanting_since: dict[str, float] = {}
         self.claim_until: dict[str, float] = {}
@@ -228,6 +246,8 @@ class Keeper:
             jobs = slurm.jobs(self.config.service_user, names, COMMAND_SECONDS)
         except slurm.SlurmError as error:
             self.changes.say("slurm", f"waiting for Slurm: {error}")
+            # What is not looked at is not judged.
+            self.moved = {}
             return
         if self.changes.clear("slurm"):
             say("Slurm answers again")
@@ -237,6 +257,10 @@ class Keeper:
         for tier in self.config.tiers:
             self.state.setdefault(tier.tier, TierState())
         self._compete(jobs)
+        running = {job.name for job in jobs if job.state == "RUNNING"}
+        looked_for = [tier.tier for tier in self.config.tiers if tier.job_name in running]
+        self.signs = self.look.signs(looked_for) if looked_for else {}
+        self.moved = {tier: moved for tier, moved in self.moved.items() if tier in self.signs}
         for tier in self.config.tiers:
             state = self.state[tier.tier]
             try:
@@ -298,6 +322,7 @@ class Keeper:
         if job.state == "RUNNING":
             if job.run_seconds >= GOOD_RUN_SECONDS:
                 state.failures = state.claims = 0
+            self._look_for_life(tier, state, job)
             return
         if job.state != "PENDING":
             return
@@ -313,6 +338,39 @@ class Keeper:
                 say(f"{tier.tier}: job {job.id} released")
                 self.changes.clear(key)
 
+    def _look_for_life(self, tier: TierConfig, state: TierState, job: slurm.Job) -> None:
+        """Requeue a job that runs for Slurm only: its node went down, and its supervisor with it."""
+        if tier.tier not in self.signs:
+            return
+        sign, run, now = self.signs[tier.tier], (job.id, job.restarts), time.monotonic()
+        seq = sign.seq if sign is not None and sign.run == run else None
+        if seq is not None:
+            state.mute = False
+        seen, since = self.moved.get(tier.tier, ((run, seq), now))
+        if seen != (run, seq):
+            since = now
+        self.moved[tier.tier] = (run, seq), since
+        # The first sign may be there before a client of NFS sees it.
+        patience = self.config.lost_seconds * (2 if seq is None else 1)
+        lost = f"{job.id}/{job.restarts}"
+        if now - since < patience or job.run_seconds < self.config.lost_seconds or state.lost == lost:
+            return
+        if seq is None and state.mute:
+            why = "as the one before: has its node an older version of gleaner? Run playbooks/tiers.yml"
+            self.changes.say(f"{tier.tier}/mute", f"{tier.tier}: job {job.id} gives no sign of life, {why}")
+            return
+        say(
+            f"{tier.tier}: job {job.id} runs on {job.nodes} for Slurm, but gave no sign of life for {now - since:.0f} s"
+        )
+        try:
+            slurm.requeue(job.id)
+            say(f"{tier.tier}: job {job.id} requeued")
+        except slurm.SlurmError as error:
+            slurm.cancel(job.id)
+            state.ending, state.why = True, f"job {job.id} is lost with its node and cancelled: {error}"
+            say(f"{tier.tier}: {state.why}")
+        state.lost, state.mute = lost, seq is None
+
     def _why_to_go(self, tier: TierConfig, state: TierState, job: slurm.Job) -> Departure | None:
         # What a person holds must not come back under another number.
         if held_by_person(job):
@@ -323,7 +381,7 @@ class Keeper:
             words = f"job {job.id} is being replaced: its plan is not the current one"
             return Departure(words, digest.replaced(made_from))
         if state.ending and state.job == job.id:
-            return Departure(state.why, digest.outranked(made_from))
+            return Departure(state.why, "")
         claim = self.yielding.get(job.id) or (self.outranked.get(tier.tier) if job.state == "PENDING" else None)
         if claim or digest.is_outranked(job.comment):
             words = claim or "a tier of higher priority wanted its nodes"
@@ -366,7 +424,8 @@ class Keeper:
             say(f"{name}: job {job_id} cancelled")
         elif told is None:
             try:
-                slurm.comment(job_id, comment)
+                if comment:
+                    slurm.comment(job_id, comment)
             except slurm.SlurmError as error:
                 say(f"{name}: job {job_id} cannot be told why it has to yield: {error}")
             slurm.terminate(job_id)

@@ -281,6 +281,9 @@ class Site:
             yield_seconds=YIELD_SECONDS,
             accounting_seconds=120,
             claim_after_seconds=CLAIM_SECONDS,
+            lost_seconds=60,
+            # Not there, so nobody is judged by a sign of life.
+            registry=folder / "endpoints",
             state=folder / "keeper.json",
             tiers=(),
         )

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from gleaner import record, supervisor
+from gleaner import life, record, supervisor
 from gleaner.states import Cause, Exit
 from tests.unit.fakes import Home, alive, home, job_text, wait_for
 
@@ -119,6 +119,18 @@ def test_no_record_while_loading(place: Home) -> None:
     assert served(place) is None
     (place.server / "loading").unlink()
     wait_for(lambda: served(place))
+
+
+def test_sign_of_life_from_the_first_moment_to_the_last(place: Home) -> None:
+    place.set(place.server / "loading")
+    child = supervise(place)
+    first = wait_for(lambda: life.read(place.registry, TIER))
+    assert first.run == (41, 1)
+    wait_for(lambda: (life.read(place.registry, TIER) or first).seq > first.seq)
+    assert served(place) is None, "the sign of life was to move while the model loads"
+    os.kill(child.pid, signal.SIGTERM)
+    assert child.wait(10) == Exit.STOPPED
+    assert life.read(place.registry, TIER) is None
 
 
 def test_load_timeout_fails_the_job(place: Home) -> None:
@@ -382,11 +394,11 @@ def test_registry_gone_does_not_stop_the_server(place: Home) -> None:
     child = supervise(place)
     wait_for(lambda: served(place))
     place.registry.rename(place.registry.with_name("away"))
-    wait_for(lambda: "cannot be written" in place.log("supervise"))
+    wait_for(lambda: "record: cannot be written" in place.log("supervise"))
     assert healthy(place)
     assert child.poll() is None
     place.registry.with_name("away").rename(place.registry)
-    wait_for(lambda: "written again" in place.log("supervise"))
+    wait_for(lambda: "record: written again" in place.log("supervise"))
 
 
 @pytest.mark.parametrize(
