@@ -36,7 +36,7 @@ HOLDING_STATES = {"CONFIGURING", "RUNNING", "COMPLETING"}
 WAITING_REASONS = ("None", "Priority", "Resources", "ReqNodeNotAvail", "Nodes required for job")
 # After each claim that did not lead to a good run, the next one needs twice the wait; so often at most.
 CLAIM_DOUBLINGS = 6
-# How long, besides claim_after_seconds, Slurm has to start a job whose nodes are free.
+# Slurm has so much longer than claim_after_seconds to start a job whose nodes are free.
 START_SECONDS = 60.0
 LIVING_STATES = {"PENDING", "CONFIGURING", "RUNNING", "SUSPENDED", "STOPPED", "COMPLETING"}
 
@@ -448,6 +448,8 @@ class Keeper:
                 self.wanting_since.pop(tier.tier, None)
                 self._give_up_claim(tier, state, "it does not wait for nodes any more")
                 continue
+            if state.claimed and time.monotonic() >= self._claim_ends(tier):
+                self._give_up_claim(tier, state, "it did not start in time")
             try:
                 self._claim(tier, state, lower, jobs)
             except slurm.SlurmError as error:
@@ -492,12 +494,9 @@ class Keeper:
             say(f"{tier.tier}: claims {','.join(state.claimed)}, which lower tiers held for {wait:g} s while it waited")
         else:
             way = claims.best_way(dataclasses.replace(tier.need, nodes=tuple(state.claimed)), nodes, holders)
-        self._see_to_claim(tier, state, way, now)
+        self._see_to_claim(tier, state, way)
 
-    def _see_to_claim(self, tier: TierConfig, state: TierState, way: claims.Way | None, now: float) -> None:
-        start_seconds = self.config.claim_after_seconds + START_SECONDS
-        # A keeper that was started anew gives a claim its whole time again.
-        until = self.claim_until.setdefault(tier.tier, now + 2 * self.config.yield_seconds + start_seconds)
+    def _see_to_claim(self, tier: TierConfig, state: TierState, way: claims.Way | None) -> None:
         if way is None:
             # Queue and nodes are not of one moment: the tier itself may just have got them.
             self.lost_sight[tier.tier] = self.lost_sight.get(tier.tier, 0) + 1
@@ -506,12 +505,19 @@ class Keeper:
             return
         self.lost_sight.pop(tier.tier, None)
         if not way.yields:
-            until = self.claim_until[tier.tier] = min(until, now + start_seconds)
-        if now >= until:
-            self._give_up_claim(tier, state, "it did not start in time")
-            return
+            self.claim_until[tier.tier] = min(self._claim_ends(tier), time.monotonic() + self._start_seconds)
         words = self._claim_in_words(tier, state)
         self.yielding.update({holder.job: words for holder in way.yields})
+
+    @property
+    def _start_seconds(self) -> float:
+        """How long Slurm may take to start a job whose nodes are free."""
+        return self.config.claim_after_seconds + START_SECONDS
+
+    def _claim_ends(self, tier: TierConfig) -> float:
+        """When a claim is over whatever happens. A keeper that was started anew gives it its whole time again."""
+        whole = 2 * self.config.yield_seconds + self._start_seconds
+        return self.claim_until.setdefault(tier.tier, time.monotonic() + whole)
 
     def _give_up_claim(self, tier: TierConfig, state: TierState, why: str) -> None:
         self.claim_until.pop(tier.tier, None)

@@ -632,13 +632,30 @@ def test_nodes_are_asked_for_only_while_a_tier_waits_for_a_lower_one(site: Site)
     assert site.count("scontrol show node") == asked, "asked although the tier runs"
 
 
+def refuse_nodes(names: Sequence[str], timeout_seconds: float) -> dict[str, slurm.Node]:
+    raise slurm.SlurmError(f"scontrol: Node {names[-1]} not found")
+
+
+def test_a_claim_ends_even_if_slurm_does_not_show_its_nodes_any_more(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    starved(site)
+    site.pass_time(200, lambda: site.count("scancel --batch") == 1)
+    site.job("reasoning").reason = "Priority"
+    with monkeypatch.context() as patch:
+        patch.setattr(slurm, "nodes", refuse_nodes)
+        site.pass_time(20)
+        site.restart_keeper()
+        site.pass_time(20)
+        assert not site.runs("fast")
+        assert site.pass_time(1000, lambda: site.runs("fast")) <= 2 * YIELD_SECONDS + CLAIM_SECONDS + 60 + 10
+    assert site.state("reasoning").claimed == []
+
+
 def test_slurm_that_does_not_show_its_nodes_is_said_and_claims_nothing(
     site: Site, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    def refuse(names: Sequence[str], timeout_seconds: float) -> dict[str, slurm.Node]:
-        raise slurm.SlurmError("scontrol: Node vasp-03 not found")
-
-    monkeypatch.setattr(slurm, "nodes", refuse)
+    monkeypatch.setattr(slurm, "nodes", refuse_nodes)
     starved(site).pass_time(300)
     assert site.runs("fast")
     assert capfd.readouterr().err.count("cannot see which nodes it could have") == 1
