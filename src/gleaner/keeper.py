@@ -444,7 +444,7 @@ class Keeper:
         for tier in sorted(self.config.tiers, key=lambda one: -one.need.priority):
             state = self.state[tier.tier]
             lower = [other for other in self.config.tiers if tier.need.outranks(other.need)]
-            if not lower or tier.tier in self.outranked or not self._waits(tier, state, jobs):
+            if not lower or not self._waits(tier, state, jobs):
                 self.wanting_since.pop(tier.tier, None)
                 self._give_up_claim(tier, state, "it does not wait for nodes any more")
                 continue

@@ -169,6 +169,9 @@ class Cluster:
     run_seconds: dict[str, float] = field(default_factory=dict)
     """How long jobs of this name run before they fail."""
     ignores_term: bool = False
+    keeps_comments: bool = False
+    stale_queue: str = ""
+    """What the next squeue says."""
 
     # The clock
 
@@ -227,6 +230,9 @@ class Cluster:
     def run(self, argv: list[str], timeout_seconds: float = 10.0) -> str:
         line = " ".join(argv)
         self.calls.append(line)
+        if argv[0] == "squeue" and self.stale_queue:
+            queue, self.stale_queue = self.stale_queue, ""
+            return queue
         if argv[0] == "squeue":
             return "".join(self.row(job) for job in self.jobs if job.state in LIVING)
         if line.startswith("scontrol show node"):
@@ -243,6 +249,8 @@ class Cluster:
             job.ends_at, job.ends_as = (self.now + DRAIN_SECONDS, "COMPLETED") if not self.ignores_term else (1e9, "")
         elif argv[0] == "scancel":
             job.state, job.nodes = "CANCELLED", ()
+        elif "Comment=" in line and self.keeps_comments:
+            raise slurm.SlurmError("scontrol: Access/permission denied")
         elif "Comment=" in line:
             job.comment = line.partition("Comment=")[2]
         elif argv[:3] == ["scontrol", "show", "job"]:
@@ -531,8 +539,10 @@ def test_a_higher_router_tier_makes_the_fewest_and_lowest_yield(site: Site) -> N
         for name, priority, node in (("one", 10, "vasp-01"), ("two", 5, "vasp-02"), ("three", 10, "vasp-03"))
     }
     site.keep(**lower).pass_time(4)
-    site.keep(**lower, high=dataclasses.replace(FAST, priority=20, nodes=NODES))
+    behind = dataclasses.replace(FAST, priority=1, nodes=("vasp-01",))
+    site.keep(**lower, behind=behind, high=dataclasses.replace(FAST, priority=20, nodes=NODES))
     site.pass_time(300, lambda: site.runs("high"))
+    assert site.count("scancel") == 1, "a tier that waits for another node than the claimed one was in the way"
     assert site.job("high").nodes == ("vasp-02",)
     assert site.count("scancel --batch") == 1
     assert [site.runs(name) for name in lower] == [True, False, True]
@@ -614,6 +624,7 @@ def test_three_ranks_end_with_the_highest(site: Site) -> None:
     site.keep(fast=FAST, middle=middle, reasoning=REASONING)
     site.pass_time(1000, lambda: site.runs("reasoning"))
     assert site.runs("reasoning")
+    assert site.state("middle").claims == 0, "both claimed at once"
     site.pass_time(1000)
     assert site.runs("reasoning")
     assert [site.shown(name)[0] for name in ("fast", "middle")] == [Tier.QUEUED, Tier.QUEUED]
@@ -630,6 +641,108 @@ def test_nodes_are_asked_for_only_while_a_tier_waits_for_a_lower_one(site: Site)
     asked = site.count("scontrol show node")
     site.pass_time(100)
     assert site.count("scontrol show node") == asked, "asked although the tier runs"
+
+
+def test_a_lower_tier_that_runs_elsewhere_goes_on(site: Site) -> None:
+    site.cluster.nodes["vasp-04"] = dataclasses.replace(IDLE, name="vasp-04")
+    both = dataclasses.replace(FAST, nodes=("vasp-02", "vasp-04"))
+    site.cluster.pay("vasp-02")
+    site.keep(both=both).pass_time(4)
+    assert site.job("both").nodes == ("vasp-04",)
+    site.cluster.leave("vasp-02")
+    site.keep(both=both, fast=FAST).pass_time(4)
+    site.keep(both=both, fast=FAST, reasoning=REASONING)
+    site.pass_time(300, lambda: site.runs("reasoning"))
+    assert site.runs("both")
+    assert site.count("scancel") == 1
+
+
+def test_nodes_are_not_asked_for_while_lower_tiers_run_elsewhere(site: Site) -> None:
+    site.cluster.nodes["vasp-04"] = dataclasses.replace(IDLE, name="vasp-04")
+    site.cluster.pay("vasp-02")
+    site.keep(both=dataclasses.replace(FAST, nodes=("vasp-02", "vasp-04")), reasoning=REASONING).pass_time(100)
+    assert site.runs("both")
+    assert site.count("scontrol show node") == 0
+
+
+def test_a_job_for_which_there_is_room_claims_nothing_however_long_slurm_takes(site: Site) -> None:
+    for name in NODES:
+        site.cluster.nodes[name] = dataclasses.replace(TWO_GPUS, name=name)
+    site.keep(fast=FAST).pass_time(4)
+    site.keep(fast=FAST, reasoning=REASONING).pass_time(0)
+    site.keeper.poll()
+    site.job("reasoning").reason = "Priority"
+    site.pass_time(500)
+    assert not site.runs("reasoning")
+    assert (site.state("reasoning").claims, site.count("scancel")) == (0, 0)
+
+
+def test_a_second_job_in_the_queue_of_a_tier_that_runs_claims_nothing(site: Site) -> None:
+    lower = {
+        name: dataclasses.replace(FAST, nodes=(node,)) for name, node in (("two", "vasp-02"), ("three", "vasp-03"))
+    }
+    high = dataclasses.replace(FAST, priority=20, nodes=NODES)
+    site.keep(**lower, high=high).pass_time(10)
+    assert site.runs("high")
+    site.cluster.jobs.append(Job(99, "high", high, reason="Priority"))
+    site.pass_time(500)
+    assert site.count("scancel") == 0
+
+
+def test_a_lower_tier_that_ends_and_comes_back_does_not_start_the_wait_anew(site: Site) -> None:
+    starved(site)
+    site.pass_time(CLAIM_SECONDS // 2)
+    site.job("fast").state = "COMPLETING"
+    site.pass_time(POLL_SECONDS)
+    site.job("fast").state = "RUNNING"
+    site.pass_time(CLAIM_SECONDS // 2)
+    assert site.count("scancel --batch") == 1
+
+
+def test_a_start_that_the_queue_does_not_show_yet_is_not_taken_for_a_paying_job(
+    site: Site, capfd: pytest.CaptureFixture[str]
+) -> None:
+    starved(site)
+    site.pass_time(200, lambda: site.count("scancel --batch") == 1)
+    queue = site.cluster.run(["squeue"])
+    site.pass_time(200, lambda: not site.runs("fast"))
+    assert site.runs("reasoning")
+    kept = keeper.load_state(site.config.state)
+    claimed = dataclasses.replace(kept["reasoning"], claimed=list(NODES))
+    keeper.save_state(site.config.state, {**kept, "reasoning": claimed})
+    reasoning = next(line for line in queue.splitlines() if "reasoning" in line)
+    site.cluster.stale_queue = reasoning + "\n"
+    site.keeper.poll()
+    assert site.state("reasoning").claimed == list(NODES)
+    site.keeper.poll()
+    assert site.state("reasoning").claimed == []
+    assert "others have its nodes" not in capfd.readouterr().err
+
+
+def test_a_job_that_was_told_to_yield_does_so_whatever_becomes_of_the_claim(site: Site) -> None:
+    site.cluster.ignores_term = site.cluster.keeps_comments = True
+    starved(site)
+    site.pass_time(200, lambda: site.count("scancel --batch") == 1)
+    site.cluster.pay("vasp-03")
+    site.pass_time(20)
+    assert site.state("reasoning").claimed == []
+    assert site.job("fast").state == "RUNNING"
+    site.pass_time(YIELD_SECONDS)
+    assert site.count("scancel 41") == 1
+    site.pass_time(10)
+    assert site.runs("fast")
+
+
+def test_a_mark_outlives_the_keepers_memory(site: Site) -> None:
+    site.keep(fast=FAST).pass_time(4)
+    site.job("fast").comment = digest.outranked(DIGEST)
+    site.config.state.unlink()
+    site.restart_keeper()
+    site.pass_time(2)
+    assert site.shown("fast") == (Tier.YIELDING, "job 41 yields: a tier of higher priority wanted its nodes")
+    site.pass_time(20)
+    assert site.runs("fast")
+    assert not digest.is_outranked(site.job("fast").comment)
 
 
 def refuse_nodes(names: Sequence[str], timeout_seconds: float) -> dict[str, slurm.Node]:
