@@ -269,6 +269,29 @@ class Home:
             **more,
         }
 
+    def keeper_config(self, script: Path) -> dict[str, Any]:
+        """What /etc/gleaner/keeper.json says, for one tier."""
+        need = {
+            "priority": 10,
+            "nodes": ["vasp-02"],
+            "node_count": 1,
+            "gpus_per_node": 1,
+            "cpus_per_node": 8,
+            "mem_mib": 65536,
+        }
+        return {
+            "v": 1,
+            "service_user": "ai-inference",
+            "poll_seconds": 0.1,
+            "yield_seconds": 30,
+            "accounting_seconds": 120,
+            "claim_after_seconds": 60,
+            "lost_seconds": 60,
+            "registry": str(self.registry),
+            "state": str(self.root / "keeper-state.json"),
+            "tiers": [{"tier": "fast", "job_name": "llama-14b", "script": str(script), "digest": DIGEST, "need": need}],
+        }
+
     def start(self, *argv: str, **environment: str) -> subprocess.Popen[str]:
         """A gleaner program, as the service user, its log in `<command>.log`."""
         with (self.root / f"{argv[0]}.log").open("a") as log:

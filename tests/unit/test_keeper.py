@@ -817,34 +817,7 @@ def test_broken_state_file_starts_anew(site: Site, text: str, capfd: pytest.Capt
 
 
 def test_program_is_ready_and_stops_on_term(site: Site, tmp_path: Path) -> None:
-    config = {
-        "v": 1,
-        "service_user": "ai-inference",
-        "poll_seconds": 0.1,
-        "yield_seconds": 30,
-        "accounting_seconds": 120,
-        "claim_after_seconds": 60,
-        "lost_seconds": 60,
-        "registry": str(site.place.registry),
-        "state": str(site.config.state),
-        "tiers": [
-            {
-                "tier": "fast",
-                "job_name": "llama-14b",
-                "script": str(site.script),
-                "digest": DIGEST,
-                "need": {
-                    "priority": 10,
-                    "nodes": ["vasp-02"],
-                    "node_count": 1,
-                    "gpus_per_node": 1,
-                    "cpus_per_node": 8,
-                    "mem_mib": 65536,
-                },
-            }
-        ],
-    }
-    site.place.set(site.place.root / "config.json", json.dumps(config))
+    site.place.set(site.place.root / "config.json", json.dumps(site.place.keeper_config(site.script)))
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
         address = "\0gleaner-test-" + str(os.getpid())
         sock.bind(address)
