@@ -119,7 +119,7 @@ class _Site:
         """Wait until the tier serves; False when its job ended before."""
         deadline = time.monotonic() + START_SECONDS
         while time.monotonic() < deadline:
-            if lab.output(self.controller, "ls", f"{self.folder}/endpoints"):
+            if ".json" in lab.output(self.controller, "ls", f"{self.folder}/endpoints"):
                 return True
             if self.state(job) not in LIVING:
                 return False

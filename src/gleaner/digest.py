@@ -16,6 +16,7 @@ from typing import Any
 _WITHOUT_EFFECT = {"memory", "models", "priority", "slurm", "warnings"}
 _DIGEST = re.compile(r"\bgleaner:([0-9a-f]{16})\b")
 _REPLACED = re.compile(r"\bgleaner:[0-9a-f]* replaced\b")
+_OUTRANKED = re.compile(r"\bgleaner:[0-9a-f]* outranked\b")
 
 
 def of(plan: Mapping[str, Any], script: str) -> str:
@@ -40,3 +41,12 @@ def replaced(digest: str) -> str:
 
 def is_replaced(comment: str) -> bool:
     return _REPLACED.search(comment) is not None
+
+
+def outranked(digest: str) -> str:
+    """The same, for a job whose plan is the current one, but whose GPUs a tier of higher priority wants."""
+    return f"gleaner:{digest} outranked"
+
+
+def is_outranked(comment: str) -> bool:
+    return _OUTRANKED.search(comment) is not None

@@ -12,13 +12,16 @@ import os
 import selectors
 import signal
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Optional
 
-from gleaner import digest, files, heartbeat, slurm
+from gleaner import claims, digest, files, heartbeat, life, slurm
 from gleaner.journal import OnChange, notify, say
 from gleaner.states import Exit
 
+# A run of a job, its number and its restart, and the number of its last sign of life.
+Moment = tuple[tuple[int, int], Optional[int]]
 PAUSES_SECONDS = (5, 10, 20, 40, 80, 160, 300)
 # A job that ran this long was no failure of ours, however it ended, and wipes out earlier ones.
 GOOD_RUN_SECONDS = 300
@@ -27,6 +30,14 @@ SHORT_RUN_SECONDS = 10
 COMMAND_SECONDS = 10.0
 SCRIPT_LIMIT = 1 << 16
 WAITING_STATES = {"PENDING", "CONFIGURING"}
+# Jobs that have nodes. One that completes will give them back, but has not yet.
+HOLDING_STATES = {"CONFIGURING", "RUNNING", "COMPLETING"}
+# What Slurm says of a job that waits for nodes. It may be old: whether there are any is asked of the nodes.
+WAITING_REASONS = ("None", "Priority", "Resources", "ReqNodeNotAvail", "Nodes required for job")
+# After each claim that did not lead to a good run, the next one needs twice the wait; so often at most.
+CLAIM_DOUBLINGS = 6
+# Slurm has so much longer than claim_after_seconds to start a job whose nodes are free.
+START_SECONDS = 60.0
 LIVING_STATES = {"PENDING", "CONFIGURING", "RUNNING", "SUSPENDED", "STOPPED", "COMPLETING"}
 
 
@@ -36,6 +47,7 @@ class TierConfig:
     job_name: str
     script: str
     digest: str
+    need: claims.Need
 
 
 @dataclass(frozen=True)
@@ -46,6 +58,11 @@ class Config:
     """How long a job that was told to yield may take, before it is cancelled."""
     accounting_seconds: float
     """How long accounting is asked who cancelled a job."""
+    claim_after_seconds: float
+    """How long a tier waits for what lower tiers hold, before they have to yield."""
+    lost_seconds: float
+    """How long a running job may give no sign of life, before it is taken for lost with its node."""
+    registry: Path
     state: Path
     tiers: tuple[TierConfig, ...]
 
@@ -58,6 +75,9 @@ class Config:
                 poll_seconds=float(value["poll_seconds"]),
                 yield_seconds=float(value["yield_seconds"]),
                 accounting_seconds=float(value["accounting_seconds"]),
+                claim_after_seconds=float(value["claim_after_seconds"]),
+                lost_seconds=float(value["lost_seconds"]),
+                registry=Path(value["registry"]),
                 state=Path(value["state"]),
                 tiers=tuple(
                     TierConfig(
@@ -65,6 +85,7 @@ class Config:
                         job_name=str(tier["job_name"]),
                         script=str(tier["script"]),
                         digest=str(tier["digest"]),
+                        need=claims.Need.load(tier["need"]),
                     )
                     for tier in value["tiers"]
                 ),
@@ -85,7 +106,15 @@ class TierState:
     failures: int = 0
     held: bool = False
     why: str = ""
-    """Of a tier that is held, or whose job is being ended, or whose last job is not accounted for yet."""
+    """Of a tier that is held, whose job is being ended or not accounted for yet, or that makes way for another."""
+    claims: int = 0
+    """How often lower tiers had to yield to this one since it last ran well."""
+    claimed: list[str] = field(default_factory=list)
+    """The nodes that lower tiers are kept from now, so that this one can start."""
+    lost: str = ""
+    """Job and restart that were last taken for lost."""
+    mute: bool = False
+    """That run had never given a sign of life, nor has one since."""
 
 
 def load_state(path: Path) -> dict[str, TierState]:
@@ -101,6 +130,10 @@ def load_state(path: Path) -> dict[str, TierState]:
                 failures=int(kept["failures"]),
                 held=bool(kept["held"]),
                 why=str(kept["why"]),
+                claims=int(kept.get("claims", 0)),
+                claimed=[str(name) for name in kept.get("claimed", [])],
+                lost=str(kept.get("lost", "")),
+                mute=bool(kept.get("mute", False)),
             )
             for tier, kept in value["tiers"].items()
         }
@@ -171,6 +204,20 @@ def how_it_ended(fields: dict[str, str]) -> End:
     return End(failed, cancelled, ran >= GOOD_RUN_SECONDS, words)
 
 
+def waits_for_nodes(job: slurm.Job) -> bool:
+    """Nothing but nodes is missing: nobody holds the job, no time, dependency or limit does."""
+    return job.state == "PENDING" and (job.reason.replace("_", " ") or "None").startswith(WAITING_REASONS)
+
+
+@dataclass(frozen=True)
+class Departure:
+    """Why a job has to go."""
+
+    words: str
+    comment: str
+    """What its supervisor reads when it asks Slurm why; empty when that is told already."""
+
+
 class Keeper:
     """One poll is one look at Slurm and at most one act per tier."""
 
@@ -181,6 +228,17 @@ class Keeper:
         self.told: dict[int, float] = {}
         self.ask_until: dict[int, float] = {}
         self.changes = OnChange()
+        self.look = life.Look(config.registry)
+        self.signs: dict[str, life.Sign | None] = {}
+        # Of a tier whose job runs: the run and the sign that was seen last, and since when it is that one.
+        self.moved: dict[str, tuple[Moment, float]] = {}
+        # Of a tier that could claim nodes: since when; of one that has: until when; how often they were seen lost.
+        self.wanting_since: dict[str, float] = {}
+        self.claim_until: dict[str, float] = {}
+        self.lost_sight: dict[str, int] = {}
+        # Tiers that may not start now, and jobs that have to yield: for whom, in words.
+        self.outranked: dict[str, str] = {}
+        self.yielding: dict[int, str] = {}
 
     def poll(self) -> None:
         names = [tier.job_name for tier in self.config.tiers]
@@ -188,6 +246,8 @@ class Keeper:
             jobs = slurm.jobs(self.config.service_user, names, COMMAND_SECONDS)
         except slurm.SlurmError as error:
             self.changes.say("slurm", f"waiting for Slurm: {error}")
+            # What is not looked at is not judged.
+            self.moved = {}
             return
         if self.changes.clear("slurm"):
             say("Slurm answers again")
@@ -195,7 +255,14 @@ class Keeper:
         self.state = load_state(self.config.state)
         before = json.dumps({name: dataclasses.asdict(state) for name, state in self.state.items()}, sort_keys=True)
         for tier in self.config.tiers:
-            state = self.state.setdefault(tier.tier, TierState())
+            self.state.setdefault(tier.tier, TierState())
+        self._compete(jobs)
+        running = {job.name for job in jobs if job.state == "RUNNING"}
+        looked_for = [tier.tier for tier in self.config.tiers if tier.job_name in running]
+        self.signs = self.look.signs(looked_for) if looked_for else {}
+        self.moved = {tier: moved for tier, moved in self.moved.items() if tier in self.signs}
+        for tier in self.config.tiers:
+            state = self.state[tier.tier]
             try:
                 self._keep(tier, state, [job for job in jobs if job.name == tier.job_name])
             except slurm.SlurmError as error:
@@ -211,10 +278,10 @@ class Keeper:
 
     def _keep(self, tier: TierConfig, state: TierState, jobs: list[slurm.Job]) -> None:
         living = [job for job in jobs if job.state != "COMPLETING"]
-        outdated = [job for job in living if self._has_to_go(tier, state, job)]
-        if outdated:
+        leaving = [(job, why) for job in living if (why := self._why_to_go(tier, state, job))]
+        if leaving:
             # First the one that waits: it would start where the running one ends.
-            self._replace(tier, state, min(outdated, key=lambda one: one.state not in WAITING_STATES))
+            self._see_off(tier, state, *min(leaving, key=lambda one: one[0].state not in WAITING_STATES))
         elif living:
             self._look_after(tier, state, max(living, key=lambda one: (one.state == "RUNNING", -one.id)))
         elif state.held:
@@ -224,10 +291,13 @@ class Keeper:
         elif state.job:
             self._account(tier, state)
         else:
+            state.why = self.outranked.get(tier.tier, "")
             if state.failures and self._outdated(tier, state.digest):
                 say(f"{tier.tier}: its plan has changed, the failures of the old one do not count")
                 state.failures = 0
-            if self._waited(tier, state):
+            if state.why:
+                self.changes.say(tier.tier, f"{tier.tier}: makes way: {state.why}")
+            elif self._waited(tier, state):
                 self._submit(tier, state)
 
     # A living job
@@ -251,7 +321,8 @@ class Keeper:
         self.changes.say(tier.tier, f"{tier.tier}: job {job.id} is {job.state.lower()}{where}{reason}")
         if job.state == "RUNNING":
             if job.run_seconds >= GOOD_RUN_SECONDS:
-                state.failures = 0
+                state.failures = state.claims = 0
+            self._look_for_life(tier, state, job)
             return
         if job.state != "PENDING":
             return
@@ -267,12 +338,55 @@ class Keeper:
                 say(f"{tier.tier}: job {job.id} released")
                 self.changes.clear(key)
 
-    def _has_to_go(self, tier: TierConfig, state: TierState, job: slurm.Job) -> bool:
+    def _look_for_life(self, tier: TierConfig, state: TierState, job: slurm.Job) -> None:
+        """Requeue a job that runs for Slurm only: its node went down, and its supervisor with it."""
+        if tier.tier not in self.signs:
+            return
+        sign, run, now = self.signs[tier.tier], (job.id, job.restarts), time.monotonic()
+        seq = sign.seq if sign is not None and sign.run == run else None
+        if seq is not None:
+            state.mute = False
+        seen, since = self.moved.get(tier.tier, ((run, seq), now))
+        if seen != (run, seq):
+            since = now
+        self.moved[tier.tier] = (run, seq), since
+        # The first sign may be there before a client of NFS sees it.
+        patience = self.config.lost_seconds * (2 if seq is None else 1)
+        lost = f"{job.id}/{job.restarts}"
+        if now - since < patience or job.run_seconds < self.config.lost_seconds or state.lost == lost:
+            return
+        if seq is None and state.mute:
+            why = "as the one before: has its node an older version of gleaner? Run playbooks/tiers.yml"
+            self.changes.say(f"{tier.tier}/mute", f"{tier.tier}: job {job.id} gives no sign of life, {why}")
+            return
+        say(
+            f"{tier.tier}: job {job.id} runs on {job.nodes} for Slurm, but gave no sign of life for {now - since:.0f} s"
+        )
+        try:
+            slurm.requeue(job.id)
+            say(f"{tier.tier}: job {job.id} requeued")
+        except slurm.SlurmError as error:
+            slurm.cancel(job.id)
+            state.ending, state.why = True, f"job {job.id} is lost with its node and cancelled: {error}"
+            say(f"{tier.tier}: {state.why}")
+        state.lost, state.mute = lost, seq is None
+
+    def _why_to_go(self, tier: TierConfig, state: TierState, job: slurm.Job) -> Departure | None:
         # What a person holds must not come back under another number.
         if held_by_person(job):
-            return False
+            return None
+        made_from = digest_of(job, state)
         # A job that was told to yield does so, even if its plan is the current one again.
-        return digest.is_replaced(job.comment) or self._outdated(tier, digest_of(job, state))
+        if digest.is_replaced(job.comment) or self._outdated(tier, made_from):
+            words = f"job {job.id} is being replaced: its plan is not the current one"
+            return Departure(words, digest.replaced(made_from))
+        if state.ending and state.job == job.id:
+            return Departure(state.why, "")
+        claim = self.yielding.get(job.id) or (self.outranked.get(tier.tier) if job.state == "PENDING" else None)
+        if claim or digest.is_outranked(job.comment):
+            words = claim or "a tier of higher priority wanted its nodes"
+            return Departure(f"job {job.id} yields: {words}", digest.outranked(made_from))
+        return None
 
     def _outdated(self, tier: TierConfig, made_from: str) -> bool:
         """A job made from this is not the one that would be submitted now.
@@ -293,14 +407,14 @@ class Keeper:
         )
         return False
 
-    def _replace(self, tier: TierConfig, state: TierState, job: slurm.Job) -> None:
-        """End a job whose plan is not the current one; when it is gone, the next one is submitted as ever."""
+    def _see_off(self, tier: TierConfig, state: TierState, job: slurm.Job, why: Departure) -> None:
+        """End a job that has to go; when it is gone, the next one is submitted as ever."""
         self._take(tier, state, job)
-        state.ending, state.why = True, f"job {job.id} is being replaced: its plan is not the current one"
+        state.ending, state.why = True, why.words
         self.changes.say(tier.tier, f"{tier.tier}: {state.why}")
-        self._end(tier.tier, job.id, job.state, state.digest)
+        self._end(tier.tier, job.id, job.state, why.comment)
 
-    def _end(self, name: str, job_id: int, job_state: str, made_from: str) -> None:
+    def _end(self, name: str, job_id: int, job_state: str, comment: str) -> None:
         """Cancel a job that serves nobody; have one that runs yield, and cancel it when it does not."""
         now = time.monotonic()
         told = self.told.get(job_id)
@@ -310,7 +424,8 @@ class Keeper:
             say(f"{name}: job {job_id} cancelled")
         elif told is None:
             try:
-                slurm.comment(job_id, digest.replaced(made_from))
+                if comment:
+                    slurm.comment(job_id, comment)
             except slurm.SlurmError as error:
                 say(f"{name}: job {job_id} cannot be told why it has to yield: {error}")
             slurm.terminate(job_id)
@@ -320,6 +435,100 @@ class Keeper:
             slurm.cancel(job_id)
             self.told[job_id] = now
             say(f"{name}: job {job_id} did not yield within {self.config.yield_seconds:g} s and is cancelled")
+
+    # Tiers that compete
+
+    def _compete(self, jobs: list[slurm.Job]) -> None:
+        """Find who has to make way for whom: what a waiting tier has claimed is kept from the lower ones."""
+        self.outranked, self.yielding = {}, {}
+        for tier in sorted(self.config.tiers, key=lambda one: -one.need.priority):
+            state = self.state[tier.tier]
+            lower = [other for other in self.config.tiers if tier.need.outranks(other.need)]
+            if not lower or not self._waits(tier, state, jobs):
+                self.wanting_since.pop(tier.tier, None)
+                self._give_up_claim(tier, state, "it does not wait for nodes any more")
+                continue
+            if state.claimed and time.monotonic() >= self._claim_ends(tier):
+                self._give_up_claim(tier, state, "it did not start in time")
+            try:
+                self._claim(tier, state, lower, jobs)
+            except slurm.SlurmError as error:
+                self.changes.say(f"{tier.tier}/claim", f"{tier.tier}: cannot see which nodes it could have: {error}")
+            for other in lower:
+                if not set(state.claimed).isdisjoint(other.need.nodes):
+                    self.outranked.setdefault(other.tier, self._claim_in_words(tier, state))
+
+    def _waits(self, tier: TierConfig, state: TierState, jobs: list[slurm.Job]) -> bool:
+        living = [job for job in jobs if job.name == tier.job_name and job.state != "COMPLETING"]
+        # A second one in the queue waits for the first, by its dependency.
+        return all(job.state == "PENDING" for job in living) and any(
+            waits_for_nodes(job) and self._why_to_go(tier, state, job) is None for job in living
+        )
+
+    def _claim(self, tier: TierConfig, state: TierState, lower: list[TierConfig], jobs: list[slurm.Job]) -> None:
+        """Claim nodes for a tier that waits, when it could have them for long enough; or see to a claim that it has."""
+        holders = [
+            claims.Holder(job.id, other.need, frozenset(slurm.hosts(job.nodes)))
+            for other in lower
+            for job in jobs
+            # What a preempted job holds goes to the one that preempts it.
+            if job.name == other.job_name and job.state in HOLDING_STATES and not job.preempted
+        ]
+        holders = [holder for holder in holders if not holder.nodes.isdisjoint(tier.need.nodes)]
+        if not holders and not state.claimed:
+            self.wanting_since.pop(tier.tier, None)
+            return
+        nodes = slurm.nodes(state.claimed or tier.need.nodes, COMMAND_SECONDS)
+        self.changes.clear(f"{tier.tier}/claim")
+        now = time.monotonic()
+        if not state.claimed:
+            way = claims.best_way(tier.need, nodes, holders)
+            if way is None or not way.yields:
+                self.wanting_since.pop(tier.tier, None)
+                return
+            wait = self.config.claim_after_seconds * 2 ** min(state.claims, CLAIM_DOUBLINGS)
+            if now - self.wanting_since.setdefault(tier.tier, now) < wait:
+                return
+            del self.wanting_since[tier.tier]
+            state.claimed, state.claims = sorted(way.nodes), state.claims + 1
+            say(f"{tier.tier}: claims {','.join(state.claimed)}, which lower tiers held for {wait:g} s while it waited")
+        else:
+            way = claims.best_way(dataclasses.replace(tier.need, nodes=tuple(state.claimed)), nodes, holders)
+        self._see_to_claim(tier, state, way)
+
+    def _see_to_claim(self, tier: TierConfig, state: TierState, way: claims.Way | None) -> None:
+        if way is None:
+            # Queue and nodes are not of one moment: the tier itself may just have got them.
+            self.lost_sight[tier.tier] = self.lost_sight.get(tier.tier, 0) + 1
+            if self.lost_sight[tier.tier] > 1:
+                self._give_up_claim(tier, state, "others have its nodes, or Slurm does not give them out")
+            return
+        self.lost_sight.pop(tier.tier, None)
+        if not way.yields:
+            self.claim_until[tier.tier] = min(self._claim_ends(tier), time.monotonic() + self._start_seconds)
+        words = self._claim_in_words(tier, state)
+        self.yielding.update({holder.job: words for holder in way.yields})
+
+    @property
+    def _start_seconds(self) -> float:
+        """How long Slurm may take to start a job whose nodes are free."""
+        return self.config.claim_after_seconds + START_SECONDS
+
+    def _claim_ends(self, tier: TierConfig) -> float:
+        """When a claim is over whatever happens. A keeper that was started anew gives it its whole time again."""
+        whole = 2 * self.config.yield_seconds + self._start_seconds
+        return self.claim_until.setdefault(tier.tier, time.monotonic() + whole)
+
+    def _give_up_claim(self, tier: TierConfig, state: TierState, why: str) -> None:
+        self.claim_until.pop(tier.tier, None)
+        self.lost_sight.pop(tier.tier, None)
+        if state.claimed:
+            say(f"{tier.tier}: its claim on {','.join(state.claimed)} is over: {why}")
+            state.claimed = []
+
+    @staticmethod
+    def _claim_in_words(tier: TierConfig, state: TierState) -> str:
+        return f"{tier.tier} (priority {tier.need.priority}) wants {','.join(state.claimed)}"
 
     # A job that is gone
 
@@ -337,13 +546,14 @@ class Keeper:
                 return
             state.held, state.why = bool(why), why
         # A job that had to end, or of another plan, tells nothing of the next one.
-        done = state.ending or self._outdated(tier, state.digest)
+        outdated = self._outdated(tier, state.digest)
+        done = state.ending or outdated
         say(f"{tier.tier}: job {job_id} ended: {end.words}")
         state.job, state.ending = 0, False
         state.why = state.why if state.held else ""
         self.told.pop(job_id, None)
-        if end.good_run or done:
-            state.failures = 0
+        if end.good_run or outdated:
+            state.failures = state.claims = 0
         if end.failed and not done:
             self._failed(tier, state)
 
@@ -393,7 +603,7 @@ class Keeper:
         state.why = f"job {state.job} ({fields.get('JobName')}) is being ended: the inventory gave it up"
         self.changes.say(name, f"{name}: {state.why}")
         if job_state != "COMPLETING":
-            self._end(name, state.job, job_state, state.digest)
+            self._end(name, state.job, job_state, digest.replaced(state.digest))
         return True
 
     def _failed(self, tier: TierConfig, state: TierState) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from gleaner import digest
@@ -16,6 +17,9 @@ from gleaner.states import Cause
 _ABSENT = {"", "N/A", "None", "(null)", "Unknown"}
 # Slurm looks at time limits about once a minute.
 _LIMIT_RESOLUTION_SECONDS = 60
+# A node in any other state, or with any other mark (`*` does not answer, DRAIN, MAINT, …), starts no job of ours.
+_UP_STATES = {"IDLE", "MIXED", "ALLOCATED"}
+_UP_FLAGS = {"CLOUD", "COMPLETING", "DYNAMIC_NORM", "PLANNED"}
 
 
 class SlurmError(Exception):
@@ -145,15 +149,76 @@ def job(job_id: int, timeout_seconds: float = 10.0) -> dict[str, str]:
 
 def parse_job(text: str) -> dict[str, str]:
     """`Key=Value Key=Value …`, where values may hold spaces; the first of two equal keys counts."""
-    line = " ".join(text.split("\n"))
+    fields = _fields(" ".join(text.split("\n")))
+    if "JobId" not in fields or "JobState" not in fields:
+        raise SlurmError(f"scontrol: cannot read {text.strip()[:80]!r}")
+    return fields
+
+
+def _fields(line: str) -> dict[str, str]:
     keys = list(re.finditer(r"(?:^|\s)([A-Z][A-Za-z0-9/:_]*)=", line))
     fields: dict[str, str] = {}
     for here, after in zip(keys, [*keys[1:], None]):
         value = line[here.end() : after.start() if after else len(line)].strip()
         fields.setdefault(here.group(1), value)
-    if "JobId" not in fields or "JobState" not in fields:
-        raise SlurmError(f"scontrol: cannot read {text.strip()[:80]!r}")
     return fields
+
+
+@dataclass(frozen=True)
+class Node:
+    """What a node has for jobs, and what jobs of anybody hold of it."""
+
+    name: str
+    up: bool
+    """Slurm may start jobs there: it answers, and nobody drains, reserves, reboots or switches it off."""
+    threads_per_core: int
+    gpus: int
+    gpus_held: int
+    cpus: int
+    cpus_held: int
+    mem_mib: int
+    mem_held_mib: int
+
+    def whole_cores(self, cpus: int) -> int:
+        """What Slurm takes for so many processors: it shares no core among jobs."""
+        return -(-cpus // self.threads_per_core) * self.threads_per_core
+
+
+def nodes(names: Sequence[str], timeout_seconds: float = 10.0) -> dict[str, Node]:
+    """The nodes of these names, by name; SlurmError when Slurm does not know one of them."""
+    return parse_nodes(run(["scontrol", "show", "node", "-o", "-d", ",".join(names)], timeout_seconds))
+
+
+def parse_nodes(text: str) -> dict[str, Node]:
+    """One node a line, of `scontrol show node -o -d`."""
+    found: dict[str, Node] = {}
+    for line in text.splitlines():
+        if not line.strip():
+            continue
+        fields = _fields(line)
+        try:
+            base, *flags = fields["State"].split("+")
+            node = Node(
+                name=fields["NodeName"],
+                up=base in _UP_STATES and _UP_FLAGS.issuperset(flags),
+                threads_per_core=int(fields.get("ThreadsPerCore", "1")),
+                gpus=_gpus(fields.get("Gres", "")),
+                gpus_held=_gpus(fields.get("GresUsed", "")),
+                # Without what the node keeps for the system.
+                cpus=int(fields.get("CPUEfctv", fields["CPUTot"])),
+                cpus_held=int(fields["CPUAlloc"]),
+                mem_mib=int(fields["RealMemory"]) - int(fields.get("MemSpecLimit", "0")),
+                mem_held_mib=int(fields["AllocMem"]),
+            )
+        except (KeyError, ValueError) as error:
+            raise SlurmError(f"scontrol: cannot read the node {line.strip()[:80]!r} ({error!r})") from None
+        found[node.name] = node
+    return found
+
+
+def _gpus(gres: str) -> int:
+    """The GPUs in `gpu:v100s:2(S:0-1),shard:4` and its like."""
+    return sum(int(count) for count in re.findall(r"(?:^|,)gpu(?::[^:(,]+)?:(\d+)", gres))
 
 
 def cause_of_stop(fields: dict[str, str], signal_seconds: int = 0) -> Cause:
@@ -168,7 +233,10 @@ def cause_of_stop(fields: dict[str, str], signal_seconds: int = 0) -> Cause:
         return Cause.TIME_LIMIT
     if not running:
         return Cause.CANCELLED
-    return Cause.REPLACED if digest.is_replaced(fields.get("Comment", "")) else Cause.ASKED
+    comment = fields.get("Comment", "")
+    if digest.is_replaced(comment):
+        return Cause.REPLACED
+    return Cause.OUTRANKED if digest.is_outranked(comment) else Cause.ASKED
 
 
 def preempted(preempt_time: str, start_time: str) -> bool:

@@ -34,7 +34,10 @@ _TIER_MEANING = {
     Tier.YIELDING: "the job gives its GPUs back: withdrawn, draining, stopping",
     Tier.QUEUED: "the job waits for free GPUs",
     Tier.UNROUTED: "the job runs and has a record, but the updater does not route it; its journal says why",
-    Tier.PAUSED: "the keeper waits before the next job: the last one failed, or nobody knows yet who cancelled it",
+    Tier.PAUSED: (
+        "the keeper waits before the next job: the last one failed, nobody knows yet who cancelled it, "
+        "or a tier of higher priority is about to start on its nodes"
+    ),
     Tier.HELD: "a person stopped the tier, or may have; the keeper leaves it alone until a person starts it",
     Tier.ABSENT: "no job, and the keeper has not submitted one: is gleaner-keeper.service running?",
     Tier.UNKNOWN: "Slurm does not answer",
@@ -73,6 +76,7 @@ class Cause(enum.Enum):
     CANCELLED = "cancelled"
     TIME_LIMIT = "time limit"
     REPLACED = "replaced"
+    OUTRANKED = "outranked"
     ASKED = "asked"
     UNANSWERED = "unanswered"
     FAILED = "failed"
@@ -111,6 +115,12 @@ _CAUSE: dict[Cause, tuple[str, bool, bool, str]] = {
         True,
         False,
         "submits the current job script",
+    ),
+    Cause.OUTRANKED: (
+        "the keeper marked the job: a tier of higher priority wants its GPUs",
+        True,
+        False,
+        "submits anew when the higher tier runs, or cannot",
     ),
     Cause.ASKED: ("TERM without any of the above, for example by a person", True, False, "submits anew"),
     Cause.UNANSWERED: ("Slurm did not answer: yield as if preempted", True, True, "sorts it out"),

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gleaner import files, heartbeat, record, slurm
+from gleaner import files, heartbeat, life, record, slurm
 from gleaner.journal import say
 from gleaner.states import Cause, Exit
 
@@ -185,6 +185,7 @@ class Supervisor:
         # Where llama-server runs: the plan's head, or the one node of a router tier.
         self.home = plan.head or where.nodes[0]
         self.publisher = record.Publisher(registry)
+        self.pulse = life.Pulse(registry, plan.tier, (where.job, where.restart))
         self.selector = selectors.DefaultSelector()
         self.signals = heartbeat.Signals(signal.SIGTERM, signal.SIGINT, signal.SIGCHLD)
         self.selector.register(self.signals.socket, selectors.EVENT_READ)
@@ -220,8 +221,10 @@ class Supervisor:
 
     def run(self) -> Exit:
         """Live the job's life; the exit code says how it ended."""
+        self.pulse.start()
         self._start_step()
         while self.phase is not Phase.LEAVING:
+            self.pulse.turn()
             for key, _ in self.selector.select(TICK_SECONDS):
                 if key.fileobj is self.signals.socket:
                     if self.signals.receive() & {signal.SIGTERM, signal.SIGINT}:
@@ -619,6 +622,8 @@ class Supervisor:
             except subprocess.TimeoutExpired:
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(self.step.pid, signal.SIGKILL)
+        # Slurm ends us when we requeue the job.
+        self.pulse.stop(WITHDRAW_SECONDS)
         if self.cause is not None and self.cause.requeues and self._ask_why().requeues:
             self._requeue()
 

@@ -6,6 +6,7 @@ The programs under test are real processes, started from the zipapp as on a node
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import shutil
@@ -19,6 +20,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from gleaner import slurm
 from tools.build_zipapp import build
 
 # Programs refuse to run as root, and root's own Python may be closed to others.
@@ -39,6 +41,7 @@ srun)
     for node in $FAKE_NODES; do SLURMD_NODENAME=$node "$@" & done
     wait ;;
 scontrol)
+    if [ "$2" = node ]; then cat "$FAKE_SLURM/nodes" || exit 1; exit; fi
     if [ "$1" = show ]; then cat "$FAKE_SLURM/job" || exit 1; fi
     if [ "$1" = requeue ]; then sed -i 's/PreemptTime=[^ ]*/PreemptTime=None/' "$FAKE_SLURM/job"; fi ;;
 squeue) cat "$FAKE_SLURM/queue" ;;
@@ -155,6 +158,23 @@ def queue_line(**fields: str) -> str:
     return "".join(f"{value:<24}|" for value in {**defaults, **fields}.values()) + "\n"
 
 
+# Slurm 24.11 with -d; 22.05 lacks some fields that are not read.
+NODE = (
+    "NodeName={name} Arch=x86_64 CoresPerSocket=8 CPUAlloc={cpus_held} CPUEfctv={cpus} CPUTot={cpus} CPULoad=0.12 "
+    "AvailableFeatures=(null) ActiveFeatures=(null) Gres=gpu:v100s:{gpus}(S:0) GresDrain=N/A "
+    "GresUsed=gpu:v100s:{gpus_held}(IDX:N/A) NodeAddr={name} NodeHostName={name} Version=24.11.5 "
+    "OS=Linux 6.12.0 #1 SMP Debian RealMemory={mem_mib} AllocMem={mem_held_mib} FreeMem=1000 Sockets=2 Boards=1 "
+    "State={state} ThreadsPerCore={threads_per_core} TmpDisk=0 Weight=1 Owner=N/A MCS_label=N/A Partitions=gpu_ai,vasp "
+    "BootTime=2026-11-24T01:00:00 SlurmdStartTime=2026-11-24T01:00:00 LastBusyTime=2026-11-24T01:00:00 "
+    "ResumeAfterTime=None CfgTRES=cpu={cpus},mem={mem_mib}M,gres/gpu={gpus} AllocTRES= CurrentWatts=0 AveWatts=0\n"
+)
+
+
+def node_line(node: slurm.Node, state: str) -> str:
+    """One line of `scontrol show node -o -d`."""
+    return NODE.format(**{**dataclasses.asdict(node), "state": state})
+
+
 def wait_for(what: Callable[[], Any], seconds: float = 10.0) -> Any:
     """The first true answer; a failure when there is none in time."""
     deadline = time.monotonic() + seconds
@@ -247,6 +267,29 @@ class Home:
             "FAKE_SERVER": str(self.server),
             "GLEANER_SERVER_KEY_FILE": str(self.root / "server.key"),
             **more,
+        }
+
+    def keeper_config(self, script: Path) -> dict[str, Any]:
+        """What /etc/gleaner/keeper.json says, for one tier."""
+        need = {
+            "priority": 10,
+            "nodes": ["vasp-02"],
+            "node_count": 1,
+            "gpus_per_node": 1,
+            "cpus_per_node": 8,
+            "mem_mib": 65536,
+        }
+        return {
+            "v": 1,
+            "service_user": "ai-inference",
+            "poll_seconds": 0.1,
+            "yield_seconds": 30,
+            "accounting_seconds": 120,
+            "claim_after_seconds": 60,
+            "lost_seconds": 60,
+            "registry": str(self.registry),
+            "state": str(self.root / "keeper-state.json"),
+            "tiers": [{"tier": "fast", "job_name": "llama-14b", "script": str(script), "digest": DIGEST, "need": need}],
         }
 
     def start(self, *argv: str, **environment: str) -> subprocess.Popen[str]:

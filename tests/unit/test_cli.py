@@ -11,7 +11,7 @@ import pytest
 
 from gleaner import cli, keeper, record, slurm, status
 from gleaner.states import Tier
-from tests.unit.fakes import DIGEST, Home, home, queue_line
+from tests.unit.fakes import Home, home, queue_line
 
 RECORD = record.Record("fast", 41, 0, "vasp-02", 8080, ("one",), 0, 1)
 RUNNING = slurm.Job(41, "llama-14b", "RUNNING", 0, False, 60, "vasp-02", "None")
@@ -91,17 +91,8 @@ def place(monkeypatch: pytest.MonkeyPatch) -> Iterator[Home]:
             "upstream_dir": str(made.root),
             "tiers": [tier],
         }
-        keep = {
-            "v": 1,
-            "service_user": "ai-inference",
-            "poll_seconds": 2,
-            "yield_seconds": 30,
-            "accounting_seconds": 120,
-            "state": str(made.root / "state.json"),
-            "tiers": [{"tier": "fast", "job_name": "llama-14b", "script": "/x", "digest": DIGEST}],
-        }
         made.set(made.root / "gateway.json", json.dumps(gateway))
-        made.set(made.root / "keeper.json", json.dumps(keep))
+        made.set(made.root / "keeper.json", json.dumps(made.keeper_config(made.root / "run.slurm")))
         yield made
 
 
@@ -138,7 +129,7 @@ def test_status_for_people_and_programs(place: Home, capsys: pytest.CaptureFixtu
 
 def test_status_says_why_a_tier_is_held(place: Home, capsys: pytest.CaptureFixture[str]) -> None:
     kept = {"fast": keeper.TierState(held=True, why="job 41 was cancelled by uid 1000")}
-    keeper.save_state(place.root / "state.json", kept)
+    keeper.save_state(place.root / "keeper-state.json", kept)
     assert run_status(place) == 0
     assert "held      (job 41 was cancelled by uid 1000)" in capsys.readouterr().out
 
@@ -148,9 +139,16 @@ def test_status_says_why_a_job_is_ended(place: Home, capsys: pytest.CaptureFixtu
     kept = {
         "fast": keeper.TierState(job=41, ending=True, why="job 41 is being replaced: its plan is not the current one")
     }
-    keeper.save_state(place.root / "state.json", kept)
+    keeper.save_state(place.root / "keeper-state.json", kept)
     assert run_status(place) == 0
     assert "yielding  job 41 on vasp-02 (job 41 is being replaced" in capsys.readouterr().out
+
+
+def test_status_says_for_whom_a_tier_makes_way(place: Home, capsys: pytest.CaptureFixture[str]) -> None:
+    kept = {"fast": keeper.TierState(why="reasoning (priority 20) wants vasp-02")}
+    keeper.save_state(place.root / "keeper-state.json", kept)
+    assert run_status(place) == 0
+    assert "paused    (reasoning (priority 20) wants vasp-02)" in capsys.readouterr().out
 
 
 def test_status_without_slurm(place: Home, capsys: pytest.CaptureFixture[str]) -> None:

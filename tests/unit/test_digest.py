@@ -64,10 +64,17 @@ def test_it_does_not_depend_on_the_order_of_keys() -> None:
 def test_it_is_read_from_scripts_and_comments() -> None:
     made = digest.of(PLAN, SCRIPT)
     assert digest.read(f"#!/bin/sh\n#SBATCH --comment=gleaner:{made}\n") == made
-    assert digest.read(digest.replaced(made)) == made
+    assert digest.read(digest.replaced(made)) == digest.read(digest.outranked(made)) == made
     assert [digest.read(text) for text in ("", "(null)", "gleaner:", f"gleaner:{made}0")] == [""] * 4
 
 
 def test_a_job_that_has_to_end_is_marked_even_if_it_had_no_digest() -> None:
     assert all(digest.is_replaced(digest.replaced(made)) for made in ("", digest.of(PLAN, SCRIPT)))
     assert not any(digest.is_replaced(text) for text in ("", "replaced", f"gleaner:{digest.of(PLAN, SCRIPT)}"))
+
+
+def test_an_outranked_job_is_no_replaced_one() -> None:
+    for made in ("", digest.of(PLAN, SCRIPT)):
+        assert digest.is_outranked(digest.outranked(made))
+        assert not digest.is_replaced(digest.outranked(made))
+        assert not digest.is_outranked(digest.replaced(made))

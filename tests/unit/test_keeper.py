@@ -10,16 +10,19 @@ import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from gleaner import keeper
+from gleaner import claims, keeper, life
 from tests.unit.fakes import DIGEST, Home, home, job_text, queue_line, wait_for
 
 OTHER = "fedcba9876543210"
 REPLACED = f"gleaner:{DIGEST} replaced"
 YIELD_SECONDS = 30
 ACCOUNTING_SECONDS = 120
+LOST_SECONDS = 60
+NEED = claims.Need(10, ("vasp-02",), 1, 1, 8, 65536)
 
 
 class Clock:
@@ -39,8 +42,11 @@ class Site:
             poll_seconds=0.1,
             yield_seconds=YIELD_SECONDS,
             accounting_seconds=ACCOUNTING_SECONDS,
+            claim_after_seconds=60,
+            lost_seconds=LOST_SECONDS,
+            registry=place.registry,
             state=place.root / "keeper.json",
-            tiers=(keeper.TierConfig("fast", "llama-14b", str(self.script), DIGEST),),
+            tiers=(keeper.TierConfig("fast", "llama-14b", str(self.script), DIGEST, NEED),),
         )
         self.keeper = keeper.Keeper(self.config)
         self.write_script(DIGEST)
@@ -48,7 +54,7 @@ class Site:
     def write_script(self, digest: str) -> None:
         self.place.set(self.script, f"#!/bin/sh\n#SBATCH --comment=gleaner:{digest}\n")
 
-    def restart_keeper(self, **tier: str) -> None:
+    def restart_keeper(self, **tier: Any) -> None:
         """As after playbooks/tiers.yml: another configuration of the tier, if any, and a keeper that reads it."""
         (before,) = self.config.tiers
         self.config = dataclasses.replace(self.config, tiers=(dataclasses.replace(before, **tier),))
@@ -323,6 +329,175 @@ def test_forgotten_job_is_submitted_anew_but_silence_is_no_end(site: Site) -> No
     assert site.submissions == 2
 
 
+# A job whose node is gone
+
+
+def alive(site: Site, seq: int, job: int = 41, restart: int = 0) -> None:
+    life.write(site.place.registry, "fast", life.Sign(job, restart, seq))
+
+
+def pass_time(site: Site, seconds: int) -> None:
+    for _ in range(seconds // 10):
+        site.clock.now += 10
+        site.poll()
+
+
+def requeued(site: Site) -> int:
+    return site.place.calls.count("scontrol requeue 41")
+
+
+def test_job_that_gives_signs_of_life_goes_on(site: Site) -> None:
+    running(site)
+    for seq in range(20):
+        alive(site, seq)
+        pass_time(site, LOST_SECONDS - 10)
+    assert requeued(site) == 0
+
+
+def test_job_that_gives_none_any_more_is_requeued_once(site: Site, capfd: pytest.CaptureFixture[str]) -> None:
+    alive(site, 7)
+    running(site)
+    pass_time(site, LOST_SECONDS - 10)
+    assert requeued(site) == 0
+    pass_time(site, 10)
+    assert requeued(site) == 1
+    pass_time(site, 300)
+    site.restart_keeper()
+    pass_time(site, 300)
+    assert (requeued(site), site.submissions) == (1, 1)
+    assert "job 41 runs on vasp-02 for Slurm, but gave no sign of life for 60 s" in capfd.readouterr().err
+    site.queue(queue_line(state="PENDING", restarts="1", reason="BeginTime", nodes=""))
+    site.poll()
+    assert (site.state.failures, site.state.held) == (0, False)
+    # The sign of the run before counts for nothing; this one's does, and it may be lost as well.
+    site.queue(queue_line(restarts="1"))
+    alive(site, 1, restart=1)
+    pass_time(site, LOST_SECONDS)
+    assert requeued(site) == 1
+    pass_time(site, 10)
+    assert requeued(site) == 2
+
+
+@pytest.mark.parametrize("before", [None, (40, 0), (41, 1)])
+def test_job_lost_before_its_first_sign_has_twice_the_time(site: Site, before: tuple[int, int] | None) -> None:
+    if before:
+        alive(site, 7, *before)
+    running(site)
+    pass_time(site, 2 * LOST_SECONDS - 10)
+    assert requeued(site) == 0
+    pass_time(site, 10)
+    assert requeued(site) == 1
+
+
+def test_older_version_that_gives_no_signs_is_requeued_once_at_most(
+    site: Site, capfd: pytest.CaptureFixture[str]
+) -> None:
+    running(site)
+    pass_time(site, 2 * LOST_SECONDS)
+    for restart in (1, 2):
+        site.queue(queue_line(restarts=str(restart)))
+        pass_time(site, 10 * LOST_SECONDS)
+        site.restart_keeper()
+    assert requeued(site) == 1
+    assert "has its node an older version of gleaner?" in capfd.readouterr().err
+    alive(site, 1, restart=2)
+    pass_time(site, LOST_SECONDS + 10)
+    assert requeued(site) == 2, "a run that gave signs is judged by them"
+
+
+def test_job_of_another_plan_yields_and_is_not_judged(site: Site) -> None:
+    running(site)
+    site.queue(queue_line(comment=f"gleaner:{OTHER}"))
+    site.poll()
+    pass_time(site, 4 * LOST_SECONDS)
+    assert (requeued(site), site.told_to_yield) == (0, 1)
+
+
+@pytest.mark.parametrize("fault", ["away", "garbage", "hangs"])
+def test_registry_that_says_nothing_condemns_nobody(site: Site, fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    alive(site, 7)
+    running(site)
+    pass_time(site, LOST_SECONDS - 10)
+    path = life.path_of(site.place.registry, "fast")
+    with monkeypatch.context() as patch:
+        if fault == "away":
+            site.place.registry.rename(site.place.registry.with_name("away"))
+        elif fault == "garbage":
+            path.write_text("{")
+        else:
+            patch.setattr(life.Look, "signs", lambda *_: {})
+        pass_time(site, 4 * LOST_SECONDS)
+        if fault == "away":
+            site.place.registry.with_name("away").rename(site.place.registry)
+        alive(site, 7)
+    pass_time(site, LOST_SECONDS)
+    assert requeued(site) == 0, "the time in which nothing was known was counted"
+    pass_time(site, 10)
+    assert requeued(site) == 1
+
+
+@pytest.mark.parametrize("gap", ["suspended", "slurm is silent", "keeper restarted"])
+def test_time_in_which_nobody_looked_does_not_count(site: Site, gap: str) -> None:
+    alive(site, 7)
+    running(site)
+    pass_time(site, LOST_SECONDS - 10)
+    if gap == "suspended":
+        site.queue(queue_line(state="SUSPENDED"))
+    elif gap == "slurm is silent":
+        site.place.set(site.place.slurm / "squeue.fails", "no answer")
+    else:
+        site.restart_keeper()
+    pass_time(site, 10)
+    (site.place.slurm / "squeue.fails").unlink(missing_ok=True)
+    site.queue(queue_line())
+    pass_time(site, LOST_SECONDS - 10)
+    assert requeued(site) == 0
+    pass_time(site, 20)
+    assert requeued(site) == 1
+
+
+def test_young_job_is_not_judged(site: Site) -> None:
+    running(site)
+    site.queue(queue_line(ran="0:59"))
+    pass_time(site, 4 * LOST_SECONDS)
+    assert requeued(site) == 0
+
+
+def test_lost_job_that_cannot_be_requeued_is_cancelled(site: Site, capfd: pytest.CaptureFixture[str]) -> None:
+    alive(site, 7)
+    running(site)
+    site.place.set(site.place.slurm / "scontrol.fails", "Requested operation is presently disabled")
+    pass_time(site, LOST_SECONDS)
+    assert (requeued(site), site.place.calls_of("scancel")) == (1, ["scancel 41"])
+    assert site.state.why.endswith("Requested operation is presently disabled")
+    assert "job 41 is lost with its node and cancelled" in capfd.readouterr().err
+    (site.place.slurm / "scontrol.fails").unlink()
+    site.ended(state="CANCELLED")
+    site.poll()
+    site.clock.now += ACCOUNTING_SECONDS
+    site.poll(2)
+    assert (site.submissions, site.state.held, site.state.failures) == (2, False, 0)
+
+
+def test_slurm_that_does_neither_is_asked_again(site: Site) -> None:
+    alive(site, 7)
+    running(site)
+    for command in ("scontrol", "scancel"):
+        site.place.set(site.place.slurm / f"{command}.fails", "Unable to contact slurm controller")
+    pass_time(site, LOST_SECONDS + 20)
+    assert (requeued(site), site.state.lost) == (3, "")
+    for command in ("scontrol", "scancel"):
+        (site.place.slurm / f"{command}.fails").unlink()
+    pass_time(site, 100)
+    assert (requeued(site), site.state.lost) == (4, "41/0")
+
+
+def test_state_of_an_older_version_is_read(site: Site) -> None:
+    older = {"job": 41, "digest": DIGEST, "ending": False, "failures": 2, "held": False, "why": ""}
+    site.place.set(site.config.state, json.dumps({"v": 1, "tiers": {"fast": older}}))
+    assert site.state == keeper.TierState(job=41, digest=DIGEST, failures=2)
+
+
 # A plan that has changed
 
 
@@ -551,7 +726,7 @@ def test_failures_of_an_older_plan_do_not_delay_the_next(site: Site) -> None:
 
 def test_one_tiers_change_leaves_the_other_alone(site: Site) -> None:
     (fast,) = site.config.tiers
-    slow = keeper.TierConfig("slow", "llama-72b", str(site.place.root / "run-72b.slurm"), OTHER)
+    slow = keeper.TierConfig("slow", "llama-72b", str(site.place.root / "run-72b.slurm"), OTHER, NEED)
     site.place.set(site.place.root / "run-72b.slurm", f"#SBATCH --comment=gleaner:{OTHER}\n")
     site.config = dataclasses.replace(site.config, tiers=(fast, slow))
     site.keeper = keeper.Keeper(site.config)
@@ -642,16 +817,7 @@ def test_broken_state_file_starts_anew(site: Site, text: str, capfd: pytest.Capt
 
 
 def test_program_is_ready_and_stops_on_term(site: Site, tmp_path: Path) -> None:
-    config = {
-        "v": 1,
-        "service_user": "ai-inference",
-        "poll_seconds": 0.1,
-        "yield_seconds": 30,
-        "accounting_seconds": 120,
-        "state": str(site.config.state),
-        "tiers": [{"tier": "fast", "job_name": "llama-14b", "script": str(site.script), "digest": DIGEST}],
-    }
-    site.place.set(site.place.root / "config.json", json.dumps(config))
+    site.place.set(site.place.root / "config.json", json.dumps(site.place.keeper_config(site.script)))
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
         address = "\0gleaner-test-" + str(os.getpid())
         sock.bind(address)

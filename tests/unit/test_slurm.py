@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
 
 from gleaner import slurm
 from gleaner.states import Cause
-from tests.unit.fakes import Home, home, job_text, queue_line
+from tests.unit.fakes import Home, home, job_text, node_line, queue_line
 
 # Slurm 22.05.8 and 24.11.5: fields differ, those that matter here do not.
 HEAD = (
@@ -54,6 +55,9 @@ def test_job_fields_of_both_releases(text: str) -> None:
         ({"state": "COMPLETING", "preempted": "2026-11-24T01:10:00"}, Cause.CANCELLED),
         ({"state": "PENDING"}, Cause.CANCELLED),
         ({"comment": "gleaner:0123456789abcdef replaced"}, Cause.REPLACED),
+        ({"comment": "gleaner:0123456789abcdef outranked"}, Cause.OUTRANKED),
+        ({"comment": "gleaner:0123456789abcdef outranked", "preempted": "2026-11-24T01:10:00"}, Cause.PREEMPTED),
+        ({"comment": "gleaner:0123456789abcdef outranked", "state": "CANCELLED"}, Cause.CANCELLED),
         ({"comment": "a person's replaced"}, Cause.ASKED),
         ({"comment": "gleaner:0123456789abcdef replaced", "state": "COMPLETING"}, Cause.CANCELLED),
         ({"comment": "gleaner:0123456789abcdef replaced", "preempted": "2026-11-24T01:10:00"}, Cause.PREEMPTED),
@@ -91,6 +95,46 @@ def test_queue_lines() -> None:
 def test_comments_are_read_whole(comment: str) -> None:
     (job,) = slurm.parse_jobs(queue_line(comment=comment))
     assert job.comment == comment
+
+
+VASP_02 = slurm.Node("vasp-02", True, 2, 2, 1, 38, 8, 380000, 65536)
+
+
+def test_nodes_are_read() -> None:
+    text = node_line(VASP_02, "MIXED+PLANNED") + node_line(dataclasses.replace(VASP_02, name="vasp-03"), "IDLE+DRAIN")
+    found = slurm.parse_nodes(text)
+    assert found["vasp-02"] == VASP_02
+    assert (found["vasp-03"].up, len(found)) == (False, 2)
+
+
+@pytest.mark.parametrize(
+    ("gres", "gpus"),
+    [
+        ("(null)", 0),
+        ("gpu:1", 1),
+        ("gpu:v100s:2(S:0-1)", 2),
+        ("gpu:a:1(IDX:0),gpu:b:3(IDX:1,3-4),shard:a:8(4/4)", 4),
+        ("shard:4,gpu:v100s:1(IDX:0)", 1),
+    ],
+)
+def test_gpus_of_a_node(gres: str, gpus: int) -> None:
+    text = node_line(VASP_02, "IDLE").replace("Gres=gpu:v100s:2(S:0)", f"Gres={gres}")
+    assert slurm.parse_nodes(text)["vasp-02"].gpus == gpus
+
+
+def test_node_of_22_05_and_what_it_keeps_for_the_system() -> None:
+    text = (
+        node_line(VASP_02, "IDLE").replace("CPUEfctv=38 ", "").replace(" AllocTRES=", " MemSpecLimit=4096 AllocTRES=")
+    )
+    assert slurm.parse_nodes(text)["vasp-02"] == dataclasses.replace(VASP_02, mem_mib=380000 - 4096)
+
+
+@pytest.mark.parametrize(
+    "text", ["garbage", "NodeName=vasp-02 State=IDLE", node_line(VASP_02, "").replace("State=", "X=")]
+)
+def test_unreadable_node_is_an_error(text: str) -> None:
+    with pytest.raises(slurm.SlurmError, match="cannot read the node"):
+        slurm.parse_nodes(text)
 
 
 def test_unreadable_queue_is_an_error() -> None:

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from gleaner import record, supervisor
+from gleaner import life, record, supervisor
 from gleaner.states import Cause, Exit
 from tests.unit.fakes import Home, alive, home, job_text, wait_for
 
@@ -119,6 +119,18 @@ def test_no_record_while_loading(place: Home) -> None:
     assert served(place) is None
     (place.server / "loading").unlink()
     wait_for(lambda: served(place))
+
+
+def test_sign_of_life_from_the_first_moment_to_the_last(place: Home) -> None:
+    place.set(place.server / "loading")
+    child = supervise(place)
+    first = wait_for(lambda: life.read(place.registry, TIER))
+    assert first.run == (41, 1)
+    wait_for(lambda: (life.read(place.registry, TIER) or first).seq > first.seq)
+    assert served(place) is None, "the sign of life was to move while the model loads"
+    os.kill(child.pid, signal.SIGTERM)
+    assert child.wait(10) == Exit.STOPPED
+    assert life.read(place.registry, TIER) is None
 
 
 def test_load_timeout_fails_the_job(place: Home) -> None:
@@ -247,11 +259,12 @@ def test_time_limit_stops_without_requeue(place: Home) -> None:
     assert "time limit" in place.log("supervise")
 
 
-def test_replaced_drains_and_leaves_without_requeue(place: Home) -> None:
+@pytest.mark.parametrize("cause", ["replaced", "outranked"])
+def test_told_to_yield_by_the_keeper_drains_and_leaves_without_requeue(place: Home, cause: str) -> None:
     child = supervise(place)
     wait_for(lambda: served(place))
     place.set(place.server / "busy")
-    place.set(place.slurm / "job", job_text(comment="gleaner:0123456789abcdef replaced"))
+    place.set(place.slurm / "job", job_text(comment=f"gleaner:0123456789abcdef {cause}"))
     os.kill(child.pid, signal.SIGTERM)
     wait_for(lambda: served(place) is None, 1.0)
     time.sleep(1.0)
@@ -259,7 +272,7 @@ def test_replaced_drains_and_leaves_without_requeue(place: Home) -> None:
     (place.server / "busy").unlink()
     assert child.wait(10) == Exit.STOPPED
     assert not place.calls_of("scontrol requeue")
-    assert "told to stop (signal): replaced" in place.log("supervise")
+    assert f"told to stop (signal): {cause}" in place.log("supervise")
     assert nothing_left(place)
 
 
@@ -382,11 +395,11 @@ def test_registry_gone_does_not_stop_the_server(place: Home) -> None:
     child = supervise(place)
     wait_for(lambda: served(place))
     place.registry.rename(place.registry.with_name("away"))
-    wait_for(lambda: "cannot be written" in place.log("supervise"))
+    wait_for(lambda: "record: cannot be written" in place.log("supervise"))
     assert healthy(place)
     assert child.poll() is None
     place.registry.with_name("away").rename(place.registry)
-    wait_for(lambda: "written again" in place.log("supervise"))
+    wait_for(lambda: "record: written again" in place.log("supervise"))
 
 
 @pytest.mark.parametrize(

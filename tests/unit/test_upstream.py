@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from gleaner import files, record, upstream
+from gleaner import files, life, record, upstream
 from gleaner.record import Record, Unreadable, Withdrawn
 from gleaner.slurm import Job
 from tests.unit.fakes import Home, home, queue_line, wait_for
@@ -314,6 +314,16 @@ def test_hostile_records_never_reach_nginx(site: Site) -> None:
         site.turn_for(0.2)
         assert not site.up, name
         assert site.conf.read_text() == before, name
+    assert site.nginx.reloads == 0
+
+
+def test_sign_of_life_is_no_record(site: Site) -> None:
+    site.serve()
+    site.queue(queue_line())
+    for seq in range(5):
+        life.write(site.place.registry, "fast", life.Sign(41, 0, seq))
+        site.turn_for(0.1)
+    assert not site.up
     assert site.nginx.reloads == 0
 
 
