@@ -122,7 +122,7 @@ def ask(port: int, words: int) -> str:
 
 
 @contextlib.contextmanager
-def rpc_servers(program: str, count: int) -> Iterator[tuple[list[int], list[subprocess.Popen[Any]]]]:
+def rpc_servers(program: str, count: int, threads: int = 2) -> Iterator[tuple[list[int], list[subprocess.Popen[Any]]]]:
     ports: list[int] = []
     servers: list[subprocess.Popen[Any]] = []
     try:
@@ -130,7 +130,7 @@ def rpc_servers(program: str, count: int) -> Iterator[tuple[list[int], list[subp
             ports.append(free_port())
             servers.append(
                 subprocess.Popen(
-                    [program, "-H", "127.0.0.1", "-p", str(ports[-1]), "-t", "2"],
+                    [program, "-H", "127.0.0.1", "-p", str(ports[-1]), "-t", str(threads)],
                     stdout=subprocess.DEVNULL,
                     stderr=subprocess.DEVNULL,
                 )
