@@ -27,6 +27,8 @@ def wait_for_end(controller: Sequence[str], job: int, seconds: float = END_SECON
 
 
 def end(controller: Sequence[str], job: int) -> None:
-    """Cancel a job, whatever it does, and wait until it is over."""
+    """Cancel a job, if it is not over already, and wait until it is."""
+    if state(controller, job) not in LIVING:
+        return
     lab.output([*controller], "scancel", str(job))
     wait_for_end(controller, job)

@@ -319,7 +319,9 @@ def run(here: lab.Lab, site: Mapping[str, Any], wish: argparse.Namespace, nodes:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--inventory", default=lab.INVENTORY)
-    parser.add_argument("--nodes", default="vasp-01,vasp-02,vasp-03", help="the head, then its workers")
+    parser.add_argument(
+        "--nodes", default="vasp-01,vasp-02,vasp-03", help="the head, on which the model is staged, then its workers"
+    )
     parser.add_argument("--model", default="smollm2-135m-instruct-q4_1")
     parser.add_argument("--threads", type=int, help="of each process; the lab's machine has 2 processors")
     parser.add_argument("--prompt-tokens", type=int, default=512)
