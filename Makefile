@@ -60,10 +60,12 @@ unit: .venv/ready
 lab-tests: .venv/ready $(VAULT) sources
 	GLEANER_LAB_ID=$(TEST_LAB_ID) tools/lab_tests
 
-# The planner's benchmark runs beside a lab of its own (tools/with_lab), since it submits jobs.
+# The planner's benchmark runs beside a lab of its own (tools/with_lab), since it submits jobs; that of the split, too,
+# since the tiers are away meanwhile.
 bench: .venv/ready
 	$(BIN)/python -m benchmarks.gateway
 	$(OWN_LAB) $(BIN)/python -m benchmarks.bring_up
+	GLEANER_LAB_ID=5 PYTHONPATH=src tools/with_lab $(BIN)/python -m benchmarks.split
 
 # A search for GGUF headers that break what is claimed of all, written into docs/fuzzing.md.
 SECONDS ?= 600

@@ -1,4 +1,4 @@
-"""The lab as a benchmark meets it: its inventory, its controller over ssh, and this machine in words."""
+"""The lab, or another site, as a benchmark meets it: its inventory, its hosts over ssh, and this machine in words."""
 
 from __future__ import annotations
 
@@ -23,9 +23,14 @@ INVENTORY = "inventories/lab"
 
 @dataclass(frozen=True)
 class Lab:
-    """One lab of this checkout, known by its id."""
+    """One lab of this checkout, known by its id; or the site of another inventory."""
 
     id: str
+    inventory: str = INVENTORY
+
+    @property
+    def is_lab(self) -> bool:
+        return self.inventory == INVENTORY
 
     @property
     def environment(self) -> dict[str, str]:
@@ -34,7 +39,7 @@ class Lab:
     def value(self, host: str, name: str) -> Any:
         """A variable of a host, as Ansible sees it; LookupError when the host does not have it."""
         run = subprocess.run(
-            [_tool("ansible"), "-i", INVENTORY, host, "-m", "ansible.builtin.debug", "-a", f"var={name}"],
+            [_tool("ansible"), "-i", self.inventory, host, "-m", "ansible.builtin.debug", "-a", f"var={name}"],
             cwd=ROOT,
             env=self.environment,
             check=True,
@@ -43,7 +48,7 @@ class Lab:
         )
         value = json.loads(run.stdout.partition("=>")[2])[name]
         if str(value).startswith("VARIABLE IS NOT DEFINED"):
-            raise LookupError(f"{name} of {host} in {INVENTORY}: not defined")
+            raise LookupError(f"{name} of {host} in {self.inventory}: not defined")
         return value
 
     def variable(self, host: str, name: str) -> str:
@@ -51,7 +56,9 @@ class Lab:
         return str(self.value(host, name))
 
     def ssh(self, host: str) -> list[str]:
-        """The command that runs a command on a host as its administrator."""
+        """The command that runs a command on a host as its administrator; on a site with sudo."""
+        if not self.is_lab:
+            return ["ssh", host, "sudo", "--non-interactive"]
         return ["ssh", "-F", f"{self.variable(host, 'lab_access')}/ssh_config-{self.id}", host]
 
     def playbook(self, name: str) -> Play:
@@ -60,7 +67,7 @@ class Lab:
         lines: list[str] = []
         starts: list[tuple[float, str]] = []
         with subprocess.Popen(
-            [_tool("ansible-playbook"), "-i", INVENTORY, name],
+            [_tool("ansible-playbook"), "-i", self.inventory, name],
             cwd=ROOT,
             env=self.environment | {"ANSIBLE_NOCOLOR": "1", "ANSIBLE_FORCE_COLOR": "0"},
             stdout=subprocess.PIPE,

@@ -37,7 +37,8 @@ COMPUTE_BAR = (0.99, 1.07)
 WEIGHTS_BAR = 0.01
 SPLITS = 320
 KV_TYPES = tuple(architectures.KV_BLOCKS)
-REAL_MODELS = ("tiny-random-llama-f16", "smollm2-135m-instruct-q4_1", "gemma-3-270m-q4_k_m")
+MINIATURE = "tiny-random-72b-f16"
+REAL_MODELS = ("tiny-random-llama-f16", "smollm2-135m-instruct-q4_1", "gemma-3-270m-q4_k_m", MINIATURE)
 SEED = 20261125
 
 
@@ -49,6 +50,8 @@ class Case:
     batch: Batch
     shares: tuple[float, ...] = ()
     real: bool = False
+    # Loaded for real, but never asked to compute: a head of three RPC servers and more can wait for them for ever.
+    idle: bool = False
 
     @property
     def arguments(self) -> list[str]:
@@ -68,7 +71,7 @@ class Case:
         if self.real:
             args += ["--load-mode", "mlock", "--no-repack", "--fit", "off", "--cache-ram", "0", "-t", "2"]
             args += ["--offline", "--no-ui"]
-            return args
+            return [*args, "--no-warmup"] if self.idle else args
         return [*args, "--no-repack", "-fitp", "on"]
 
     def planned(self, facts: Mapping[str, Any]) -> list[memory.Use]:
@@ -258,7 +261,7 @@ def on_host(ssh: Sequence[str], folder: Path, engine: str, wanted: Sequence[Case
             "program": "llama-server" if case.real else "llama-fit-params",
             "devices": len(case.shares),
             "arguments": case.arguments,
-            "prompt_words": case.batch.context_tokens * 3 // 4 // 3,
+            "prompt_words": 0 if case.idle else case.batch.context_tokens * 3 // 4 // 3,
         }
         for index, case in enumerate(wanted)
     ]
@@ -425,23 +428,28 @@ def rows(result: Result) -> Iterable[tuple[str, str, str, str]]:
     yield "host memory of a process", f"{len(result.host)} processes", "never under", verdict("host")
 
 
+def answers(here: lab.Lab, folder: Path, wanted: Sequence[Case]) -> Iterator[tuple[Case, dict[str, Any]]]:
+    """Run cases on the lab, whose files lie in a folder, and give what the programs said of each."""
+    ssh = here.ssh(HOST)
+    engine = lab.output(ssh, "readlink", "-f", f"{here.variable(HOST, 'shared_dir')}/ai/llama.cpp/current")
+    try:
+        send(ssh, folder)
+        for found in on_host(ssh, folder, engine, wanted):
+            yield wanted[found["id"]], found
+    finally:
+        subprocess.run([*ssh, shlex.join(["rm", "-rf", FOLDER])], check=True)
+
+
 def run(here: lab.Lab, *, quick: bool) -> Result:
     """Compare all cases on the lab; what differs is in the result."""
     result = Result()
-    ssh = here.ssh(HOST)
-    engine = lab.output(ssh, "readlink", "-f", f"{here.variable(HOST, 'shared_dir')}/ai/llama.cpp/current")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         splits, told, loads = cases(folder, quick=quick)
         wanted = [*splits, *told, *loads]
         known = {name: facts_of(folder, name) for name in {case.model for case in wanted}}
-        try:
-            send(ssh, folder)
-            for found in on_host(ssh, folder, engine, wanted):
-                case = wanted[found["id"]]
-                compare(case, known[case.model], found, result)
-        finally:
-            subprocess.run([*ssh, shlex.join(["rm", "-rf", FOLDER])], check=True)
+        for case, found in answers(here, folder, wanted):
+            compare(case, known[case.model], found, result)
     return result
 
 

@@ -73,13 +73,13 @@ def fit_params(program: str, arguments: list[str], ports: list[int]) -> dict[str
 def serve(
     program: str, arguments: list[str], ports: list[int], prompt_words: int, servers: list[subprocess.Popen[Any]]
 ) -> dict[str, Any]:
-    """Load a model for real, answer one long prompt, and say what each process took at most."""
+    """Load a model for real, answer one long prompt if any, and say what each process took at most."""
     port = free_port()
     with tempfile.TemporaryFile("w+") as log:
         command = [program, *arguments, "--host", "127.0.0.1", "--port", str(port), "-lv", "5"]
         with subprocess.Popen(command, stdout=log, stderr=log) as process:
             try:
-                failed = wait_for(port, process) or ask(port, prompt_words)
+                failed = wait_for(port, process) or (ask(port, prompt_words) if prompt_words else "")
                 peaks = {"server": peak_mib(process)} if process.poll() is None else {}
                 peaks.update({f"rpc{index}": peak_mib(server) for index, server in enumerate(servers)})
             finally:
@@ -122,7 +122,7 @@ def ask(port: int, words: int) -> str:
 
 
 @contextlib.contextmanager
-def rpc_servers(program: str, count: int) -> Iterator[tuple[list[int], list[subprocess.Popen[Any]]]]:
+def rpc_servers(program: str, count: int, threads: int = 2) -> Iterator[tuple[list[int], list[subprocess.Popen[Any]]]]:
     ports: list[int] = []
     servers: list[subprocess.Popen[Any]] = []
     try:
@@ -130,7 +130,7 @@ def rpc_servers(program: str, count: int) -> Iterator[tuple[list[int], list[subp
             ports.append(free_port())
             servers.append(
                 subprocess.Popen(
-                    [program, "-H", "127.0.0.1", "-p", str(ports[-1]), "-t", "2"],
+                    [program, "-H", "127.0.0.1", "-p", str(ports[-1]), "-t", str(threads)],
                     stdout=subprocess.DEVNULL,
                     stderr=subprocess.DEVNULL,
                 )

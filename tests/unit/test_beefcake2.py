@@ -49,6 +49,15 @@ def test_27_27_27_leaves_the_head_26_layers_and_the_output() -> None:
     assert placement.device_of_each_layer(80, [26, 27, 27]) == placement.slots_of_counts(got["tensor_split"])
 
 
+def test_the_labs_miniature_is_laid_out_as_the_72b() -> None:
+    value = sites.beefcake2()
+    value["models"] = [{**model, "size_bytes": None} for model in value["models"]]
+    headers = {**HEADERS, BEHEMOTH: recorded("tiny-random-72b-f16")}
+    small, large = (plan.plan_tier(value, "reasoning", known) for known in (headers, HEADERS))
+    assert small["tensor_split"] == large["tensor_split"]
+    assert small["server"]["args"] == large["server"]["args"]
+
+
 def test_the_cache_that_the_table_shows_is_the_one_of_the_types() -> None:
     got = plan.plan_tier(sites.beefcake2(), "reasoning", HEADERS)
     # K in q4_0 and V in f16: 25.625 GiB, where they counted 11.5 and 23.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 import struct
 import zipfile
 from pathlib import Path
@@ -13,6 +14,8 @@ import pytest
 from gleaner import gguf
 from tools import fetch_lab_sources as fetch
 
+ROOT = Path(__file__).resolve().parents[2]
+HEADERS = ROOT / "inventories/lab/models"
 TOKENS = ["<s>", "</s>", "a", "b", "ab"]
 
 
@@ -91,22 +94,48 @@ def test_a_donor_without_a_tokenizer_is_refused(tmp_path: Path, content: bytes, 
         fetch.tokenizer_metadata(path)
 
 
-def test_the_tiny_model_has_the_same_bytes_each_time(output: Path, tmp_path: Path) -> None:
+SHAPES = [(fetch.TINY, fetch.TINY_SHAPE), (fetch.TINY_72B, fetch.TINY_72B_SHAPE)]
+
+
+@pytest.mark.parametrize(("name", "shape"), SHAPES)
+def test_a_random_model_has_the_same_bytes_each_time(
+    output: Path, tmp_path: Path, name: str, shape: fetch.Shape
+) -> None:
     first, second = tmp_path / "first.gguf", tmp_path / "second.gguf"
     for path in (first, second):
-        fetch.make_tiny(tmp_path, output, path)
+        fetch.random_model(name, shape)(tmp_path, output, path)
     assert first.read_bytes() == second.read_bytes()
 
 
-def test_another_reader_understands_the_tiny_model(output: Path, tmp_path: Path) -> None:
-    path = tmp_path / fetch.TINY
-    fetch.make_tiny(tmp_path, output, path)
+@pytest.mark.parametrize(("name", "shape"), SHAPES)
+def test_another_reader_understands_a_random_model(output: Path, tmp_path: Path, name: str, shape: fetch.Shape) -> None:
+    path = tmp_path / name
+    fetch.random_model(path.stem, shape)(tmp_path, output, path)
     facts = gguf.inspect(str(path))
     gguf.check_file(path, facts)
-    assert facts["architecture"] == "llama"
-    assert facts["n_layers"] == fetch.TINY_LAYERS
+    assert (facts["architecture"], facts["name"]) == ("llama", path.stem)
+    assert (facts["n_layers"], facts["context_length"]) == (shape.layers, shape.context)
+    assert (facts["n_head"], facts["n_head_kv"]) == (shape.heads, shape.kv_heads)
+    assert facts["head_dim_k"] == facts["head_dim_v"] == shape.head_size
     assert facts["n_vocab"] == len(TOKENS)
     assert facts["tied_output"]
+
+
+@pytest.mark.parametrize(("name", "shape"), SHAPES)
+def test_the_recorded_header_is_the_shape_that_is_made(name: str, shape: fetch.Shape) -> None:
+    facts = json.loads((HEADERS / f"{name.removesuffix('.gguf')}.json").read_text())
+    assert facts["n_layers"] == shape.layers
+    assert facts["n_embd"] == shape.embedding
+    assert facts["n_ff"] == shape.feed_forward
+    assert (facts["n_head"], facts["n_head_kv"], facts["head_dim_k"]) == (shape.heads, shape.kv_heads, shape.head_size)
+    assert facts["context_length"] == shape.context
+
+
+def test_the_miniature_has_the_shape_of_a_72b() -> None:
+    behemoth = json.loads((ROOT / "inventories/beefcake2/models/or1-behemoth-72b-q4_k_m.json").read_text())
+    shape = fetch.TINY_72B_SHAPE
+    assert (shape.layers, shape.context) == (behemoth["n_layers"], behemoth["context_length"])
+    assert shape.heads / shape.kv_heads == behemoth["n_head"] / behemoth["n_head_kv"]
 
 
 def test_random_weights_are_small_and_centred() -> None:
