@@ -131,6 +131,8 @@ class Machine:
                 f"--machine={self.machine}",
                 f"--hostname={self.params['name']}",
                 f"--network-namespace-path={self.namespace}",
+                # With these a program gives up rights: what runs on nodes does.
+                "--system-call-filter=landlock_create_ruleset landlock_add_rule landlock_restrict_self",
                 f"--capability={_CAPABILITIES}",
                 "--rlimit=MEMLOCK=infinity",
                 "--register=no",

@@ -25,6 +25,8 @@ Moment = tuple[tuple[int, int], Optional[int]]
 PAUSES_SECONDS = (5, 10, 20, 40, 80, 160, 300)
 # A job that ran this long was no failure of ours, however it ended, and wipes out earlier ones.
 GOOD_RUN_SECONDS = 300
+# A node or a network that failed counts no further than this: Slurm starts the next job when its nodes are there.
+LOST_FAILURES = 3
 # A job that ends cleanly sooner than this, unpreempted, did not do its work.
 SHORT_RUN_SECONDS = 10
 COMMAND_SECONDS = 10.0
@@ -183,6 +185,8 @@ class End:
     failed: bool
     cancelled: bool
     good_run: bool
+    lost: bool
+    """A node was, not the tier's programs to blame."""
     words: str
 
 
@@ -201,7 +205,8 @@ def how_it_ended(fields: dict[str, str]) -> End:
         failed = state == "COMPLETED" and ran < SHORT_RUN_SECONDS and not preempted
     else:
         failed = True
-    return End(failed, cancelled, ran >= GOOD_RUN_SECONDS, words)
+    lost = state == "NODE_FAIL" or code == str(int(Exit.AGENT_LOST))
+    return End(failed, cancelled, ran >= GOOD_RUN_SECONDS, lost, words)
 
 
 def waits_for_nodes(job: slurm.Job) -> bool:
@@ -538,7 +543,7 @@ class Keeper:
         fields = self._fields(job_id)
         if fields and self._end_stray(tier.tier, state, fields):
             return
-        end = how_it_ended(fields) if fields else End(False, False, False, "forgotten by Slurm")
+        end = how_it_ended(fields) if fields else End(False, False, False, False, "forgotten by Slurm")
         if end.cancelled:
             why = self._why_cancelled(state)
             if why is None:
@@ -555,7 +560,7 @@ class Keeper:
         if end.good_run or outdated:
             state.failures = state.claims = 0
         if end.failed and not done:
-            self._failed(tier, state)
+            self._failed(tier, state, end.lost)
 
     def _why_cancelled(self, state: TierState) -> str | None:
         """Why the tier is held now that its job was cancelled; empty when we did it, None while nobody knows."""
@@ -606,8 +611,9 @@ class Keeper:
             self._end(name, state.job, job_state, digest.replaced(state.digest))
         return True
 
-    def _failed(self, tier: TierConfig, state: TierState) -> None:
-        state.failures += 1
+    def _failed(self, tier: TierConfig, state: TierState, lost: bool = False) -> None:
+        if not lost or state.failures < LOST_FAILURES:
+            state.failures += 1
         pause = pause_seconds(state.failures)
         self.not_before[tier.tier] = time.monotonic() + pause
         say(f"{tier.tier}: failure {state.failures} in a row, next try in {pause} s")

@@ -272,7 +272,7 @@ class Supervisor:
         for node in sorted(self.ending):
             frozen = now - self.moving_at.get(node, now)
             if frozen > FROZEN_SECONDS:
-                self._take_down(f"{self._role(node)} on {node} is stopped for {frozen:.0f} s")
+                self._take_down(f"{self._role(node)} on {node} was not seen to run for {frozen:.0f} s")
                 return
         unhealthy = now - self.good_at
         if self.phase is Phase.SERVING and unhealthy > UNHEALTHY_SECONDS:

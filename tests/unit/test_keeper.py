@@ -148,7 +148,6 @@ def test_clean_end_is_followed_at_once(site: Site, fields: dict[str, str]) -> No
     "fields",
     [
         {"state": "FAILED", "ran": "00:00:30", "code": "11:0"},
-        {"state": "NODE_FAIL", "ran": "00:00:30"},
         {"state": "OUT_OF_MEMORY", "ran": "00:00:30"},
         {"state": "BOOT_FAIL", "ran": "00:00:30"},
         {"state": "COMPLETED", "ran": "00:00:02"},
@@ -167,6 +166,20 @@ def test_failure_is_followed_by_growing_pauses(site: Site, fields: dict[str, str
         site.poll()
         assert site.submissions == number + 1
     assert site.state.failures == 8
+
+
+@pytest.mark.parametrize("fields", [{"state": "FAILED", "code": "12:0"}, {"state": "NODE_FAIL"}])
+def test_a_node_that_fails_again_and_again_is_never_waited_for_longer_than_20_s(
+    site: Site, fields: dict[str, str]
+) -> None:
+    running(site)
+    for number, pause in enumerate((5, 10, 20, 20, 20), start=1):
+        site.ended(**fields)
+        site.poll(2)
+        assert site.submissions == number
+        site.clock.now += pause
+        site.poll()
+        assert site.submissions == number + 1
 
 
 def test_failure_says_what_the_exit_code_means(site: Site, capfd: pytest.CaptureFixture[str]) -> None:
