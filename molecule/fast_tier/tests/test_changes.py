@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from tests.lab import cluster
-from tests.lab.ansible import ROOT, Run, playbook
 from tests.lab.cluster import CONTROLLER, PORT, SERVICE_USER, SMOLLM2, SPLIT_PORT, TINY, run
+from tests.lab.inventory import apply, tiers
 
 SECOND_NODE = "vasp-03"
 SECOND: dict[str, Any] = {
@@ -37,21 +36,6 @@ PLAN = f"{SHARED}/ai/plans/second.json"
 def fast(**differences: object) -> dict[str, Any]:
     """The router tier of the lab's inventory."""
     return {**tiers()["fast"], **differences}
-
-
-def tiers() -> dict[str, dict[str, Any]]:
-    """The lab's inventory."""
-    found = yaml.safe_load((ROOT / "inventories/lab/group_vars/all/tiers.yml").read_text())["tiers"]
-    return {tier["name"]: tier for tier in found}
-
-
-def apply(folder: Path, *tiers: dict[str, Any]) -> Run:
-    """What site.yml does for tiers, with these in the inventory."""
-    file = folder / "tiers.json"
-    file.write_text(json.dumps({"tiers": tiers}))
-    run_ = playbook("playbooks/tiers.yml", "playbooks/gateway.yml", "-e", f"@{file}")
-    assert run_.code == 0, run_.output
-    return run_
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -91,7 +91,7 @@ def test_a_node_that_is_rebooted(node: str) -> None:
     stream = split.Stream()
     stream.begin()
     boot = run(node, "stat --format=%Y /proc/1")
-    cluster.host(node).run("systemctl reboot --force")
+    cluster.host(node).run("systemctl reboot --force --force")
     assert_goes(stream, tuple(name for name in split.NODES if name != node), before)
     cluster.wait_until("the node is there again", lambda: reaches(node), 60, 1)
     assert run(node, "stat --format=%Y /proc/1") != boot
