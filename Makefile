@@ -77,7 +77,8 @@ fuzz: .venv/fuzz
 # What is longer than make test; docs/test-full.md lists it.
 test-full: test
 	$(SUDO) tools/fresh_machine
-	$(OWN_LAB) $(BIN)/python -m pytest -v tests/full
+	$(OWN_LAB) $(BIN)/python -m pytest -v tests/full --ignore=tests/full/lab
+	GLEANER_LAB_ID=5 PYTHONPATH=src tools/with_lab $(BIN)/python -m pytest -v tests/full/lab
 	$(OWN_LAB) $(BIN)/python -m benchmarks.bring_up --rounds 1 --make-up
 	GLEANER_LAB_ID=9 PYTHONPATH=src tools/with_lab $(BIN)/python -m benchmarks.sizing
 

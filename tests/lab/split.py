@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import json
 import subprocess
 import threading
 import time
@@ -13,7 +15,7 @@ import openai
 
 from tests.lab import cluster
 from tests.lab.ansible import LAB_ID
-from tests.lab.cluster import CONTROLLER, HEAD, SPLIT_JOB, SPLIT_PORT, THINKING, WORKERS
+from tests.lab.cluster import CONTROLLER, HEAD, SPLIT_PORT, THINKING, WORKERS
 
 NODES = (HEAD, *WORKERS)
 # "Within 10 s nothing is routed", and a stream ends within a second of that.
@@ -86,6 +88,12 @@ class Stream:
         assert not self.thread.is_alive(), f"the stream hangs after {self.pieces} pieces"
 
 
+def traffic(node: str) -> tuple[int, int]:
+    """Bytes that have come to a node over the RPC network, and that it has sent."""
+    (link,) = json.loads(cluster.run(node, "ip -json -statistics link show dev rpc0"))
+    return int(link["stats64"]["rx"]["bytes"]), int(link["stats64"]["tx"]["bytes"])
+
+
 def ip(*words: str) -> None:
     subprocess.run(["ip", *words], check=True, capture_output=True)
 
@@ -103,6 +111,74 @@ def cut(node: str, *networks: str) -> Iterator[None]:
             ip("link", "set", cable, "up")
 
 
-def job_is_back(before: cluster.Job) -> bool:
-    job = cluster.tier_job(SPLIT_JOB)
-    return job is not None and (job.id, job.restarts) != (before.id, before.restarts)
+def assert_goes(stream: Stream | None, reachable: tuple[str, ...], before: dict[str, list[int]]) -> None:
+    """Since now: soon not routed, the stream over by then, and nothing left of what was there on reachable nodes."""
+    begin = time.monotonic()
+    answers = cluster.watch(lambda seen: seen[-1].status == 503, GONE_SECONDS, port=SPLIT_PORT)
+    cluster.assert_away(answers[-1])
+    gone = time.monotonic()
+    assert gone - begin < GONE_SECONDS
+    if stream is not None:
+        stream.join(GONE_SECONDS + STREAM_SECONDS - (gone - begin))
+        assert stream.error is not None, "the stream ended as if it were whole"
+        assert not stream.done
+    for node in reachable:
+        cluster.wait_until(f"nothing is left on {node}", functools.partial(is_clear, node, before), GONE_SECONDS)
+
+
+def is_clear(node: str, before: dict[str, list[int]]) -> bool:
+    return not set(before[node]) & set(parts_of(node))
+
+
+def assert_back() -> None:
+    wait_served()
+    assert cluster.complete(THINKING, 4, SPLIT_PORT).status == 200
+
+
+def reaches(node: str) -> bool:
+    cluster.forget(node)
+    with contextlib.suppress(RuntimeError):
+        return bool(cluster.host(node).run("true").rc == 0)
+    return False
+
+
+def streaming() -> Stream:
+    stream = Stream()
+    stream.begin()
+    return stream
+
+
+def lose_process(node: str, signal: str, *, busy: bool) -> None:
+    """The tier goes whole, and comes back, when its process on a node gets this signal."""
+    before = parts()
+    stream = streaming() if busy else None
+    (pid,) = before[node]
+    cluster.run(node, f"kill -{signal} {pid}")
+    assert_goes(stream, NODES, before)
+    assert_back()
+
+
+def lose_network(node: str, networks: str) -> None:
+    """The same when a node is cut off from these networks; and the node itself ends what it has."""
+    before = parts()
+    stream = streaming()
+    reachable = tuple(name for name in NODES if name != node or "m" not in networks)
+    with cut(node, *networks):
+        assert_goes(stream, reachable, before)
+        # Long enough for the agent there, which hears nobody.
+        time.sleep(GONE_SECONDS / 2)
+    cluster.wait_until("the node is reached again", lambda: reaches(node), 30)
+    assert is_clear(node, before), "left over on the node that was cut off"
+    assert_back()
+
+
+def lose_power(node: str) -> None:
+    """The same when a node loses its power for a moment."""
+    before = parts()
+    stream = streaming()
+    boot = cluster.run(node, "stat --format=%Y /proc/1")
+    cluster.host(node).run("systemctl reboot --force --force")
+    assert_goes(stream, tuple(name for name in NODES if name != node), before)
+    cluster.wait_until("the node is there again", lambda: reaches(node), 60, 1)
+    assert cluster.run(node, "stat --format=%Y /proc/1") != boot
+    assert_back()

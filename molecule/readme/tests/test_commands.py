@@ -10,15 +10,17 @@ from pathlib import Path
 import pytest
 
 from tests.docs import readme
-from tests.lab import cluster
-from tests.lab.ansible import ROOT
+from tests.lab import cluster, split
+from tests.lab.ansible import ROOT, Run
 
 # What is expected of each command, by its beginning.
 PRINTS = {
     ".venv/bin/ansible-playbook -i inventories/SITE playbooks/validate.yml": r"failed=0",
-    ".venv/bin/ansible-playbook -i inventories/SITE site.yml": r"vasp-03 .* changed=0 +unreachable=0 +failed=0",
+    ".venv/bin/ansible-playbook -i inventories/SITE site.yml": r"failed=0",
     "curl -s http://10.213.0.10:8080/health": r'\{"status":"ok"\}',
     "curl -s http://10.213.0.10:8080/v1/models": r'"smollm2-135m-instruct-q4_1"',
+    "curl -s http://10.213.0.10:8081/v1/models": r'"smollm2-135m-thinking-q4_1"',
+    "tail -n 5 /cluster/shared/ai/logs/$(": r"client connection",
     "gleaner status": r"fast +serving",
     "squeue": r"llama-14",
     "sinfo": r"vasp-03",
@@ -32,9 +34,13 @@ PRINTS = {
 }
 
 
+NOTHING = dict.fromkeys((*cluster.HOSTS, "localhost"), 0)
+
+
 @pytest.fixture(autouse=True)
 def _served() -> None:
     cluster.wait_served()
+    split.wait_served()
 
 
 def wanted(command: str) -> str:
@@ -52,6 +58,8 @@ def test_command_on_this_machine(command: str) -> None:
     done = subprocess.run(mine, shell=True, cwd=ROOT, check=False, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     assert re.search(wanted(command), done.stdout), done.stdout
+    if "site.yml" in command:
+        assert Run(done.returncode, done.stdout).changed == NOTHING, "a second run, whole or dry, changes nothing"
 
 
 @pytest.mark.parametrize("command", readme.on_the_controller())

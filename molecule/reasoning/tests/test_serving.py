@@ -126,12 +126,6 @@ def test_other_users_of_a_node_reach_no_rpc_port() -> None:
     assert cluster.complete(THINKING, port=SPLIT_PORT).status == 200
 
 
-def received(node: str) -> int:
-    """Bytes that have come to a node over the RPC network."""
-    (link,) = json.loads(run(node, "ip -json -statistics link show dev rpc0"))
-    return int(link["stats64"]["rx"]["bytes"])
-
-
 def test_large_tensors_are_sent_once_and_then_kept_by_the_worker() -> None:
     kept = int(run(WORKER, "du --summarize --bytes /scratch/ai/rpc-cache").split()[0])
     plan = json.loads(run(CONTROLLER, "cat /cluster/shared/ai/plans/reasoning.json"))
@@ -139,11 +133,11 @@ def test_large_tensors_are_sent_once_and_then_kept_by_the_worker() -> None:
     # Of this small model only the output is larger than the 10 MiB from which on the engine keeps a tensor.
     assert 25 << 20 < kept <= plan["worker"]["cache"]["limit_mib"] << 20
     assert run(WORKER, "stat --format='%U %a' /scratch/ai/rpc-cache") == f"{cluster.SERVICE_USER} 700"
-    before, server = received(WORKER), split.head_pid()
+    (before, _), server = split.traffic(WORKER), split.head_pid()
     run(HEAD, f"kill -KILL {server}")
     cluster.wait_until("another head", lambda: split.parts()[HEAD] not in ([], [server]), 30)
     split.wait_served()
-    assert received(WORKER) - before < weights - 0.8 * kept
+    assert split.traffic(WORKER)[0] - before < weights - 0.8 * kept
 
 
 # The first cluster lost its tier every six minutes to a probe that a connected worker does not answer.

@@ -1,30 +1,19 @@
-"""A tier of a 72B's shape over two RPC workers: 131072 tokens of context, and a long prompt read through both.
-
-Has a lab of its own, id 5 unless GLEANER_LAB_ID names one, which it takes down before and after.
-"""
+"""A tier of a 72B's shape over two RPC workers: 131072 tokens of context, and a long prompt read through both."""
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
 
-from tests.lab import cluster
+from tests.lab import cluster, split
 from tests.lab.ansible import ROOT, succeed
 from tests.lab.cluster import run
 from tools import fetch_lab_sources
 
-LAB = os.environ.get("GLEANER_LAB_ID") or "5"
-# A make that runs these tests is not to pass its own settings on.
-ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))} | {
-    "GLEANER_LAB_ID": LAB
-}
-UP_SECONDS = 20 * 60
 READY_SECONDS = 240
 # A machine with two slow processors takes six minutes.
 ANSWER_SECONDS = 20 * 60
@@ -72,13 +61,6 @@ def model() -> dict[str, Any]:
     }
 
 
-def make(target: str) -> None:
-    done = subprocess.run(
-        ["make", target], cwd=ROOT, env=ENVIRONMENT, check=False, capture_output=True, text=True, timeout=UP_SECONDS
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-
-
 def is_served() -> bool:
     """Whether the gateway has this model; the lab's own tier of that name has another."""
     answer = cluster.ask("/v1/models", port=PORT)
@@ -87,21 +69,15 @@ def is_served() -> bool:
 
 @pytest.fixture(scope="module", autouse=True)
 def _tier(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """A lab whose only tier is this one; none of an earlier run, and none left."""
+    """The lab with this tier alone, while this module lasts."""
     inventory = tmp_path_factory.mktemp("inventory") / "shape.json"
     inventory.write_text(json.dumps({"models": [model()], "tiers": [TIER]}))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cluster, "LAB_ID", LAB)
-        cluster.host.cache_clear()
-        make("down")
-        try:
-            make("up")
-            succeed("playbooks/tiers.yml", "playbooks/gateway.yml", "-e", f"@{inventory}", lab=LAB)
-            cluster.wait_until("the gateway has the model", is_served, READY_SECONDS)
-            yield
-        finally:
-            make("down")
-            cluster.host.cache_clear()
+    succeed("playbooks/tiers.yml", "playbooks/gateway.yml", "-e", f"@{inventory}")
+    cluster.wait_until("the gateway has the model", is_served, READY_SECONDS)
+    yield
+    succeed("playbooks/tiers.yml", "playbooks/gateway.yml")
+    cluster.wait_served()
+    split.wait_served()
 
 
 @dataclass(frozen=True)
@@ -120,11 +96,8 @@ def worker(name: str) -> Worker:
     ticks = run(name, f"cut -d ' ' -f 14,15 /proc/{pid}/stat").split()
     status = dict(line.split(":", 1) for line in run(name, f"cat /proc/{pid}/status").splitlines())
     kib = [int(status[key].split()[0]) for key in ("VmRSS", "VmHWM")]
-    address = f"10.214.{LAB}.{cluster.OCTETS[name]}"
-    interface = run(name, f"ip -oneline -4 address show to {address}").split()[1]
-    counted = run(name, f"cd /sys/class/net/{interface}/statistics && cat rx_bytes tx_bytes").split()
     per_second = int(run(name, "getconf CLK_TCK"))
-    return Worker(sum(map(int, ticks)) / per_second, kib[0] / 1024, kib[1] / 1024, *map(int, counted))
+    return Worker(sum(map(int, ticks)) / per_second, kib[0] / 1024, kib[1] / 1024, *split.traffic(name))
 
 
 def planned(name: str) -> dict[str, Any]:
