@@ -90,8 +90,8 @@ def measure(port: int, interface: str, prompt_tokens: int, answer_tokens: int) -
         found[phase] = {
             "tokens": timings[f"{kind}_n"],
             "tokens_per_second": timings[f"{kind}_per_second"],
-            "bytes": sum(after[name] - before[name] for name in COUNTERS[:2]),
-            "packets": sum(after[name] - before[name] for name in COUNTERS[2:]),
+            "bytes": sum(after[name] - before[name] for name in ("rx_bytes", "tx_bytes")),
+            "packets": sum(after[name] - before[name] for name in ("rx_packets", "tx_packets")),
         }
     return found
 
