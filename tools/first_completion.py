@@ -67,6 +67,7 @@ def main() -> None:
     print(f"The endpoint is {url} (any OpenAI client; no key). Try next:\n")
     print(f"  curl -s {url}/chat/completions -H 'Content-Type: application/json' \\")
     print(f'    -d \'{{"model": "{MODEL}", "messages": [{{"role": "user", "content": "Hello!"}}]}}\'\n')
+    print(f"The reasoning tier, one model over two nodes, is at {url.replace(':8080', ':8081')}.\n")
 
 
 if __name__ == "__main__":

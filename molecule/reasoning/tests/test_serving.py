@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import time
 
 import pytest
 from openai.types.chat import ChatCompletionMessageParam
@@ -138,19 +137,3 @@ def test_large_tensors_are_sent_once_and_then_kept_by_the_worker() -> None:
     cluster.wait_until("another head", lambda: split.parts()[HEAD] not in ([], [server]), 30)
     split.wait_served()
     assert split.traffic(WORKER)[0] - before < weights - 0.8 * kept
-
-
-# The first cluster lost its tier every six minutes to a probe that a connected worker does not answer.
-def test_a_worker_that_takes_no_more_connections_is_not_called_dead() -> None:
-    job, parts = cluster.running_job(SPLIT_JOB), split.parts()
-    code = (
-        "import socket, time; "
-        f"held = [socket.socket() for _ in range(3)]; "
-        f"[(s.setblocking(False), s.connect_ex(('{cluster.rpc_address(WORKER)}', {RPC_PORT}))) for s in held]; "
-        "time.sleep(12)"
-    )
-    run(HEAD, f'nohup runuser -u {cluster.SERVICE_USER} -- python3 -c "{code}" > /dev/null 2>&1 & echo $!')
-    end = time.monotonic() + 10
-    while time.monotonic() < end:
-        assert cluster.complete(THINKING, 4, SPLIT_PORT).status == 200
-    assert (cluster.running_job(SPLIT_JOB), split.parts()) == (job, parts)

@@ -1,6 +1,6 @@
 """A layer-split tier is whole or not there, whatever of it dies, freezes or is cut off; and it comes back by itself.
 
-The worst of each kind; tests/full/lab has the rest.
+The worst of each kind, beside a killed worker, which is a lesson of test_lessons.py; tests/full/lab has the rest.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ def _served() -> None:
 @pytest.mark.parametrize(
     ("node", "signal", "busy"),
     [
-        pytest.param(WORKER, "KILL", True, id="worker-killed-while-generating"),
         # /health of the head goes on to be good.
         pytest.param(WORKER, "STOP", True, id="worker-frozen-while-generating"),
         pytest.param(HEAD, "KILL", False, id="head-killed"),
