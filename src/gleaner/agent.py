@@ -18,13 +18,15 @@ import shutil
 import signal
 import socket
 import subprocess
+import threading
 import time
 import urllib.parse
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gleaner import confine, files, heartbeat
+from gleaner import confine, files, heartbeat, tensor_cache
 from gleaner.journal import say
 from gleaner.probe import Probe
 
@@ -54,7 +56,7 @@ class Task:
     address: str
     port: int
     role: str
-    prune: dict[str, Any] | None
+    cache: dict[str, Any] | None
     confine: dict[str, Any] | None
 
     @property
@@ -109,17 +111,20 @@ def binding(numa_node: int | None, allowed: set[int], sysfs: Path = Path("/sys/d
     return ["numactl", f"--membind={numa_node}", f"--physcpubind={chosen}", "--"]
 
 
-def require_free(address: str, port: int) -> None:
-    """ValueError when the port is taken: /health of a foreign program there would pass for our server's."""
+def require_free(task: Task) -> None:
+    """ValueError when the task's port is taken: /health of a foreign program there would pass for our server's."""
+    place, variable = (task.address, task.port), "tiers[].gateway_port" if task.answers_http else "RPC port"
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as sock:
         # As the server does it: connections of its predecessor that still close are no obstacle.
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            sock.bind((address, port))
+            sock.bind(place)
         except OSError as error:
             raise ValueError(
-                f"tiers[].gateway_port: {address}:{port} cannot be listened on ({error.strerror}): "
-                f"end the program that has it (`ss -ltnp sport = :{port}` on this node), or choose another port"
+                f"{variable}: {task.address}:{task.port} cannot be listened on ({error.strerror}): end the program "
+                f"that has it (`ss -ltnp sport = :{task.port}` on this node)"
+                + ", or choose another port"
+                * task.answers_http
             ) from None
 
 
@@ -164,14 +169,13 @@ def rules_of(task: Task) -> confine.Ruleset | None:
     """What the task's program may do; None for one that is trusted."""
     if task.confine is None:
         return None
-    bring_uvm()
     program = Path(task.argv[0])
     numactl = shutil.which("numactl") or ""
     loaders = [path.resolve() for folder in ("/lib", "/lib64") for path in Path(folder).glob("ld-linux*")]
     writable = [Path(folder) for folder in (*task.confine["writable"], "/dev", "/proc")]
     rules = confine.Ruleset([program, *([Path(numactl).resolve()] if numactl else []), *loaders], writable, task.port)
-    if rules.version == 0:
-        say("RPC server is not confined: this kernel has no Landlock, or a container forbids it")
+    if rules.lacks:
+        say(f"RPC server: this kernel, or a container, does not keep it from {rules.lacks}")
     return rules
 
 
@@ -193,26 +197,27 @@ def _in_child(parent: int, rules: confine.Ruleset | None) -> None:
         os._exit(127)
 
 
-def prune(directory: Path, limit_mib: int) -> None:
-    """Delete the files of a cache that were used longest ago, until it is no larger than its limit."""
-    found = []
-    for folder, _, names in os.walk(directory):
-        for name in names:
-            with contextlib.suppress(OSError):
-                status = os.stat(os.path.join(folder, name))
-                found.append((max(status.st_atime, status.st_mtime), status.st_size, os.path.join(folder, name)))
-    size = sum(one[1] for one in found)
-    for _, length, path in sorted(found):
-        if size <= limit_mib << 20:
-            return
-        try:
-            os.unlink(path)
-        except FileNotFoundError:
-            pass  # another one prunes here, too
-        except OSError as error:
-            say(f"cache: {path} cannot be removed: {error.strerror}")
-            continue
-        size -= length
+class Errand:
+    """Work on disks or drivers beside the loop, whose heartbeats must go on."""
+
+    def __init__(self, work: Callable[[], object]) -> None:
+        self.result: object = None
+        self._work = work
+        self._thread = threading.Thread(target=self._run, name="errand", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        self.result = self._work()
+
+    @property
+    def done(self) -> bool:
+        return not self._thread.is_alive()
+
+
+def prepare(task: Task) -> bool:
+    """What a worker's node needs before it starts; true when its cache can be used."""
+    bring_uvm()
+    return task.cache is None or tensor_cache.make_sound(Path(task.cache["directory"]), int(task.cache["limit_mib"]))
 
 
 class Reach:
@@ -407,6 +412,8 @@ class Agent:
         self.idle_answers = 0
         self.busy_at = 0.0
         self.rotate_at = 0.0
+        self.rotator: int | None = None
+        self.preparation: Errand | None = None
         self.beat_at = 0.0
         self.measured_at = 0.0
         self.memory = (0, 0)
@@ -450,6 +457,8 @@ class Agent:
                 self.reach = Reach(order["start"], [(str(host), int(port)) for host, port in order["places"]])
             elif "watch_busy" in message:
                 self._watch_busy()
+            elif "loaded" in message:
+                self._loaded()
             elif "stop" in message:
                 self._stop(float(message["stop"]))
             elif "quit" in message:
@@ -459,19 +468,39 @@ class Agent:
             raise heartbeat.ChannelClosed(f"silent for {heartbeat.SILENCE_SECONDS:g} s")
 
     def _start(self, task: Task) -> None:
+        if self.leaving:
+            return
         self._kill_all()
         self.task, self.health, self.busy = task, "down", None
         self.health_at, self.idle_answers = 0.0, 0
+        self.preparation = None
+        if task.answers_http:
+            self._launch(task)
+        else:
+            self.preparation = Errand(lambda: prepare(task))
+
+    def _launch(self, task: Task) -> None:
         try:
-            require_free(task.address, task.port)
-            if task.prune is not None:
-                prune(Path(task.prune["directory"]), int(task.prune["limit_mib"]))
+            require_free(task)
             # An RPC server knows no key: the firewall alone keeps others away from it.
             self.key = files.read_key(self.key_file) if task.answers_http else ""
             self.process = Process.launch(task, self.key)
         except (OSError, ValueError, subprocess.SubprocessError) as error:
             say(f"cannot start {task.argv[0]}: {error}")
             self.channel.send({"refused": task.start, "why": str(error)})
+
+    def _prepared(self, task: Task, errand: Errand) -> None:
+        self.preparation = None
+        if not errand.result:
+            task.argv = [word for word in task.argv if word != "--cache"]
+        self._launch(task)
+
+    def _loaded(self) -> None:
+        """The tier is ready: what this worker was sent is whole in its cache."""
+        task = self.task
+        if task is not None and task.cache is not None and "--cache" in task.argv:
+            directory = Path(task.cache["directory"])
+            Errand(lambda: tensor_cache.mark_whole(directory))
 
     def _give_up_reaching(self) -> None:
         if self.reach is not None:
@@ -481,6 +510,9 @@ class Agent:
     def _stop(self, kill_after: float) -> None:
         self._end_checks()
         self._give_up_reaching()
+        if self.preparation is not None and self.task is not None:
+            self.preparation = None
+            self.channel.send({"exited": self.task.start, "code": 0})
         if self.process is not None:
             self.process.stop(kill_after)
 
@@ -506,6 +538,8 @@ class Agent:
                 break
             if pid == 0:
                 break
+            if pid == self.rotator:
+                self.rotator = None
             if self.process is not None and pid == self.process.pid:
                 self.process.exit = os.waitstatus_to_exitcode(status)
                 self._end_checks()
@@ -526,6 +560,8 @@ class Agent:
             self.channel.send({"reached": self.reach.start})
             self.reach = None
         process, task = self.process, self.task
+        if self.preparation is not None and task is not None and self.preparation.done:
+            self._prepared(task, self.preparation)
         if process is None or task is None or process.asked_to_stop:
             return
         if task.answers_http and self.health_probe is None and now >= self.health_at:
@@ -547,8 +583,9 @@ class Agent:
         if now - self.measured_at >= heartbeat.BEAT_SECONDS:
             self.measured_at = now
             self.memory = group_memory(process.pid)
-            if now >= self.rotate_at and rotate(Path(task.log)):
+            if now >= self.rotate_at and self.rotator is None:
                 self.rotate_at = now + ROTATE_SECONDS
+                self.rotator = rotate(Path(task.log))
 
     def _beat(self) -> None:
         process = self.process
@@ -587,22 +624,16 @@ class Agent:
             time.sleep(0.01)
 
 
-def rotate(log: Path, limit: int = LOG_LIMIT) -> bool:
-    """Keep one old log beside the current one.
+def rotate(log: Path, limit: int = LOG_LIMIT) -> int:
+    """Keep one old log beside a current one that is larger than the limit, in bytes; the pid of the child that does it.
 
-    The server appends, so copying and truncating is sound; a child does it, since the log may be on a
-    slow shared file system and heartbeats must go on.
+    The server appends, so copying and truncating is sound. Even its size is for a child to ask: a shared file system
+    can hang, and heartbeats must go on.
     """
-    try:
-        if log.stat().st_size <= limit:
-            return False
-    except OSError:
-        return False
-    child = subprocess.Popen(
-        ["/bin/sh", "-c", 'cp -- "$1" "$1.1" && : > "$1"', "rotate", str(log)], stdin=subprocess.DEVNULL
-    )
+    script = 'test "$(stat --format=%s -- "$1")" -gt "$2" && cp -- "$1" "$1.1" && : > "$1"'
+    child = subprocess.Popen(["/bin/sh", "-c", script, "rotate", str(log), str(limit)], stdin=subprocess.DEVNULL)
     child.returncode = 0
-    return True
+    return child.pid
 
 
 def places(text: str) -> list[tuple[str, int]]:

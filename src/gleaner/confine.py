@@ -76,6 +76,12 @@ class Ruleset:
         if self.version >= 4:
             self._add(_RULE_NET_PORT, struct.pack("=QQ", _BIND, port))
 
+    @property
+    def lacks(self) -> str:
+        """What it cannot keep the program from; empty when nothing."""
+        parts = {1: "starting programs, writing", 3: "truncating files", 4: "connecting", 6: "signalling"}
+        return ", ".join(words for since, words in parts.items() if self.version < since)
+
     def _allow(self, path: Path, access: int) -> None:
         # The folders of libraries differ between systems.
         with contextlib.suppress(FileNotFoundError):

@@ -15,6 +15,8 @@ JSON_LIMIT = 1 << 20
 # What llama-server demands of whoever asks it. On a node it is the service user's, on the controller root's.
 SERVER_KEY = Path("/etc/gleaner/server.key")
 KEY_LIMIT = 1024
+# The program as a node has it; a link to the version that was installed last.
+PROGRAM = Path("/usr/local/bin/gleaner")
 
 
 def write_atomic(path: Path, data: bytes, mode: int = 0o644) -> None:
@@ -70,6 +72,12 @@ def read_key(path: Path) -> str:
     if not re.fullmatch(r"[0-9a-f]{64}", key):
         raise ValueError(f"{path}: got {len(key)} characters, want 64 hexadecimal digits: run playbooks/tiers.yml")
     return key
+
+
+def own_file() -> str:
+    """The file without which `own_command` cannot work."""
+    home = Path(__file__).resolve().parent.parent
+    return str(home) if home.is_file() else sys.executable
 
 
 def own_command() -> list[str]:

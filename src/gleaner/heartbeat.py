@@ -16,6 +16,8 @@ import socket
 import time
 from typing import Any
 
+# Of the messages; agent and supervisor of one job have to have the same.
+VERSION = 2
 BEAT_SECONDS = 1.0
 SILENCE_SECONDS = 5.0
 LINE_LIMIT = 64 << 10
@@ -110,16 +112,18 @@ def listen(address: str) -> socket.socket:
 
 
 def greeting(token: str, node: str, network: int = 0) -> Message:
-    return {"hello": 1, "token": token, "node": node, "network": network}
+    return {"hello": VERSION, "token": token, "node": node, "network": network}
 
 
 def greeted_by(message: Message, token: str) -> tuple[str, int]:
     """The node that sends this first line, and over which network; ValueError when it is no greeting of ours."""
     got, node, network = message.get("token"), message.get("node"), message.get("network")
-    if message.get("hello") != 1 or not isinstance(got, str) or not isinstance(node, str):
+    if "hello" not in message or not isinstance(got, str) or not isinstance(node, str):
         raise ValueError("first line is no greeting")
     if not hmac.compare_digest(got.encode(), token.encode()):
         raise ValueError("wrong token")
+    if message["hello"] != VERSION:
+        raise ValueError(f"{node} has another version of gleaner: run playbooks/tiers.yml without --limit")
     if not isinstance(network, int):
         raise ValueError("first line names no network")
     return node, network

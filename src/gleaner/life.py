@@ -6,8 +6,10 @@ since there is none while a model loads.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import stat
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -56,6 +58,16 @@ def read(registry: Path, tier: str) -> Sign | None:
         return None
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"not a sign of life ({error!r})") from None
+
+
+def require_room(registry: Path) -> None:
+    """OSError when a supervisor could not write a sign: the folder is not its own, or the file system is full."""
+    status, room = os.stat(registry), os.statvfs(registry)
+    if os.geteuid() not in (0, status.st_uid) or not status.st_mode & stat.S_IWUSR:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    # File systems that make their inodes as they need them say that they have none.
+    if room.f_bavail == 0 or (room.f_files and room.f_favail == 0):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def remove(registry: Path, tier: str, run: tuple[int, int]) -> None:
@@ -135,6 +147,12 @@ class Look:
         return found
 
     def _read(self, tiers: Sequence[str], found: dict[str, Sign | None]) -> None:
+        try:
+            require_room(self._registry)
+        except OSError as error:
+            self._changes.say("room", f"{self._registry}: no sign of life can be written: {error.strerror}")
+            return
+        self._changes.clear("room")
         for tier in tiers:
             try:
                 found[tier] = read(self._registry, tier)

@@ -408,15 +408,19 @@ def _split_environment(tier: Tier) -> dict[str, str]:
     return {"GGML_NO_BACKTRACE": "1", **({"GGML_RPC_DEBUG": "1"} if tier.rpc_debug else {})}
 
 
-def _worker(tier: Tier, split: Split, cpus: int) -> dict[str, Any]:
+def _worker(site: Site, tier: Tier, split: Split, cpus: int) -> dict[str, Any]:
     """What the RPC servers are started with; address and port are the node's and the agent adds them.
+
+    Devices are named, since one that finds no GPU would else serve its layers on the processor, and nobody would know.
 
     Their cache of tensors spares a return of the tier sending the weights again. It may hold those of two splits.
     """
     held = max(mib(use.weights) for use in split.uses[:-1])
+    gpus = [f"CUDA{index}" for index in range(tier.gpus_per_node)]
+    devices = ["--device", ",".join(gpus)] if site.engine.backend == "cuda" else []
     return {
         "port": site_model.RPC_PORT,
-        "args": ["--threads", str(tier.threads or cpus), "--cache"],
+        "args": ["--threads", str(tier.threads or cpus), *devices, "--cache"],
         "environment": _split_environment(tier),
         "cache": {"directory": RPC_CACHE_DIR, "limit_mib": 2 * held},
         "confined": tier.rpc_confined,
@@ -641,7 +645,7 @@ def _plan_layer_split(site: Site, index: int, tier: Tier) -> tuple[dict[str, Any
     if tier.chat_template is not None:
         plan["chat_template"] = tier.chat_template
         plan["chat_template_file"] = _template_file(site, tier)
-    plan["worker"] = _worker(tier, split, plan["slurm"]["cpus_per_node"])
+    plan["worker"] = _worker(site, tier, split, plan["slurm"]["cpus_per_node"])
     plan["tensor_split"] = list(split.counts)
     plan["memory"] = rows + hosts
     plan["alternatives"] = alternatives

@@ -303,6 +303,10 @@ class Supervisor:
             "--wait=0",
             "--kill-on-bad-exit=1",
             "--job-name=agent",
+            # A node that was provisioned alone may have another version. Whether the two understand each other, the
+            # greeting tells.
+            *("/bin/sh", "-c", f'if [ -e "$0" ]; then exec "$@"; fi; exec "$(readlink -f {files.PROGRAM})" agent'),
+            files.own_file(),
             *files.own_command(),
             "agent",
         ]
@@ -469,6 +473,9 @@ class Supervisor:
         workers = [node for node in self.where.nodes if node != self.home]
         for node in workers:
             self._start_worker(node, self.plan.worker)
+            if self.phase is not Phase.WORKERS:
+                # Its agent was just lost, and all the others were told to leave.
+                return
         # A worker serves one client at a time, and a probe is one: the only look at its port is before the head comes.
         places = [[self.plan.rpc_address_of[node], self.plan.worker.port] for node in workers]
         self._tell(self.home, {"reach": {"start": self.start, "places": places}})
@@ -483,7 +490,7 @@ class Supervisor:
             environment={**worker.environment, "LLAMA_CACHE": worker.cache_directory},
             address=address,
             port=worker.port,
-            prune={"directory": worker.cache_directory, "limit_mib": worker.cache_limit_mib},
+            cache={"directory": worker.cache_directory, "limit_mib": worker.cache_limit_mib},
             confine={"writable": [worker.cache_directory]} if worker.confined else None,
         )
 
@@ -498,7 +505,7 @@ class Supervisor:
             environment=self.plan.environment,
             address=address,
             port=self.plan.port,
-            prune=None,
+            cache=None,
             confine=None,
         )
 
@@ -509,6 +516,7 @@ class Supervisor:
 
     def _ready(self) -> None:
         self.phase = Phase.SERVING
+        self._tell_all({"loaded": self.start})
         say(f"serving on {self.home}:{self.plan.port}")
         self.publisher.publish(
             record.Record(

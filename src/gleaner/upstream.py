@@ -109,6 +109,8 @@ class Memory:
     moved_at: float = 0.0
     health_failures: int = 0
     healthy: bool = False
+    reached: bool = True
+    """The host took the last connection, or refused it."""
 
 
 @dataclass(frozen=True)
@@ -598,6 +600,8 @@ class Updater:
         if not memory.healthy:
             if router.down():
                 say(f"{tier.tier}: routing off: /health of {target.host} is not good")
+                if not memory.reached:
+                    self._sever(watched, tier.nodes[target.host])
             return
         was_up = router.up
         if router.route(target, tier.nodes[target.host], tier.node_port):
@@ -620,9 +624,11 @@ class Updater:
             return
         self._forget_parting(watched)
         if not probe.connected and probe.failure != "refused":
-            address, port = watched.parted
-            failure = self.sever(address, port)
-            say(f"{tier.tier}: {address} does not answer: {failure or 'connections to it are closed'}")
+            self._sever(watched, watched.parted[0])
+
+    def _sever(self, watched: Watched, address: str) -> None:
+        failure = self.sever(address, watched.config.node_port)
+        say(f"{watched.config.tier}: {address} does not answer: {failure or 'connections to it are closed'}")
 
     @staticmethod
     def _forget_parting(watched: Watched) -> None:
@@ -649,6 +655,7 @@ class Updater:
         if watched.probe is None or not watched.probe.advance():
             return
         probe, watched.probe = watched.probe, None
+        memory.reached = probe.connected or probe.failure == "refused"
         if probe.status == 200:
             memory.health_failures, memory.healthy = 0, True
             return

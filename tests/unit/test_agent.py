@@ -36,7 +36,7 @@ def task(place: Home, **more: object) -> agent.Task:
         "address": "127.0.0.1",
         "port": place.port,
         "role": "router",
-        "prune": None,
+        "cache": None,
         "confine": None,
         **more,
     }
@@ -120,14 +120,16 @@ def test_unlimited_memlock_is_minus_one(monkeypatch: pytest.MonkeyPatch) -> None
     assert agent.raise_memlock() == -1
 
 
-def test_port_of_another_program_is_refused(place: Home) -> None:
-    agent.require_free("127.0.0.1", place.port)
+@pytest.mark.parametrize(("role", "variable"), [("router", r"tiers\[\].gateway_port"), ("worker", "RPC port")])
+def test_port_of_another_program_is_refused(place: Home, role: str, variable: str) -> None:
+    one = task(place, role=role)
+    agent.require_free(one)
     with socket.socket() as squatter:
         squatter.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         squatter.bind(("0.0.0.0", place.port))
         squatter.listen()
-        with pytest.raises(ValueError, match=f"127.0.0.1:{place.port} cannot be listened on"):
-            agent.require_free("127.0.0.1", place.port)
+        with pytest.raises(ValueError, match=f"{variable}: 127.0.0.1:{place.port} cannot be listened on"):
+            agent.require_free(one)
 
 
 def test_process_states() -> None:
@@ -231,12 +233,12 @@ def test_log_is_rotated_while_it_is_written(tmp_path: Path) -> None:
     log = tmp_path / "router.log"
     with log.open("ab", buffering=0) as writer:
         writer.write(b"x" * 2000)
-        assert not agent.rotate(log, 4000)
+        os.waitpid(agent.rotate(log, 4000), 0)
+        assert log.stat().st_size == 2000
         writer.write(b"x" * 2001)
-        assert agent.rotate(log, 4000)
-        wait_for(lambda: log.stat().st_size == 0)
+        os.waitpid(agent.rotate(log, 4000), 0)
+        assert log.stat().st_size == 0
         writer.write(b"new\n")
-    os.wait()
     assert log.read_bytes() == b"new\n"
     assert (tmp_path / "router.log.1").stat().st_size == 4001
 

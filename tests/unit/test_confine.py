@@ -72,6 +72,35 @@ def test_it_signals_nobody_and_gains_nothing(tmp_path: Path) -> None:
     assert run("import resource as r; print(r.getrlimit(r.RLIMIT_CORE))", tmp_path) == "(0, 0)"
 
 
+@pytest.mark.parametrize(
+    ("version", "lacks"),
+    [
+        (0, "starting programs, writing, truncating files, connecting, signalling"),
+        (1, "truncating files, connecting, signalling"),
+        (2, "truncating files, connecting, signalling"),
+        (3, "connecting, signalling"),
+        (5, "signalling"),
+        (6, ""),
+    ],
+)
+def test_an_older_kernel_enforces_what_it_knows_and_the_rest_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: int, lacks: str
+) -> None:
+    monkeypatch.setattr(confine, "version", lambda: version)
+    attempts = {
+        "writing": f"open({str(tmp_path / 'x')!r}, 'w')",
+        "truncating files": f"import os; os.truncate({str(tmp_path / 'mine')!r}, 0)",
+        "signalling": f"import os; os.kill({os.getpid()}, 0)",
+    }
+    (tmp_path / "mine").touch()
+    rules = confine.Ruleset([PYTHON, *LOADERS], [], 1)
+    rules.close()
+    assert rules.lacks == lacks
+    for what, code in attempts.items():
+        refused = "PermissionError" in run(code, Path("/dev"))
+        assert refused is (what not in lacks), what
+
+
 def test_a_missing_device_file_of_cuda_is_brought_before(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -100,17 +100,22 @@ def test_reader_that_stops_reading_is_closed_not_waited_for(pair: tuple[Channel,
     "message",
     [
         {},
-        {"hello": 1},
+        {"hello": 2},
+        {"token": "t", "node": "n", "network": 0},
+        {"hello": 2, "token": 5, "node": "n", "network": 0},
+        {"hello": 2, "token": "wrong", "node": "n", "network": 0},
+        {"hello": 2, "token": "t", "node": None, "network": 0},
         {"hello": 2, "token": "t", "node": "n"},
-        {"hello": 1, "token": 5, "node": "n"},
-        {"hello": 1, "token": "wrong", "node": "n"},
-        {"hello": 1, "token": "t", "node": None, "network": 0},
-        {"hello": 1, "token": "t", "node": "n"},
     ],
 )
 def test_greeting_without_the_token_is_refused(message: heartbeat.Message) -> None:
     with pytest.raises(ValueError, match=r"token|greeting|network"):
         heartbeat.greeted_by(message, "t")
+
+
+def test_greeting_of_another_version_is_refused_with_the_cure() -> None:
+    with pytest.raises(ValueError, match=r"^vasp-02 has another version of gleaner: run playbooks/tiers.yml without"):
+        heartbeat.greeted_by({"hello": 1, "token": "t", "node": "vasp-02"}, "t")
 
 
 def test_greeting_names_the_node_and_the_network() -> None:

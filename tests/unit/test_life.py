@@ -6,6 +6,7 @@ import errno
 import os
 import threading
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -151,3 +152,19 @@ def test_look_does_not_wait_for_a_registry_that_hangs(
     answer.set()
     assert wait_for(lambda: look.signs(["fast"]) == {"fast": None})
     assert capfd.readouterr().err.count("no answer") == 1
+
+
+@pytest.mark.parametrize("fault", ["no blocks", "no inodes", "not mine"])
+def test_where_no_sign_can_be_written_none_is_missed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], fault: str
+) -> None:
+    look = life.Look(tmp_path)
+    assert look.signs(["fast"]) == {"fast": None}
+    whole = os.statvfs(tmp_path)
+    short = {"no blocks": {"f_bavail": 0}, "no inodes": {"f_favail": 0, "f_files": 1}}.get(fault, {})
+    values = {name: getattr(whole, name) for name in ("f_bavail", "f_files", "f_favail")} | short
+    monkeypatch.setattr(os, "statvfs", lambda _: types.SimpleNamespace(**values))
+    if fault == "not mine":
+        monkeypatch.setattr(os, "geteuid", lambda: tmp_path.stat().st_uid + 1)
+    assert look.signs(["fast"]) == {}
+    assert "no sign of life can be written: " in capfd.readouterr().err

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from gleaner import heartbeat, record, supervisor
+from gleaner import heartbeat, record, supervisor, tensor_cache
 from gleaner.states import Exit
 from tests.unit.fakes import Home, alive, home, job_text, wait_for
 
@@ -63,6 +63,9 @@ def plan(place: Home, **more: Any) -> Path:
         "load_timeout_seconds": 20,
         **more,
     }
+    cache = place.root / "cache"
+    cache.mkdir(exist_ok=True)
+    os.chown(cache, place.root.stat().st_uid, -1)
     path = place.plans / f"{TIER}.json"
     place.set(path, json.dumps(value))
     return path
@@ -214,6 +217,7 @@ def test_fewer_nodes_than_the_plan_needs_are_refused(place: Home) -> None:
 def test_the_cache_of_tensors_is_pruned(place: Home) -> None:
     cache = place.root / "cache" / "rpc"
     cache.mkdir(parents=True)
+    (place.root / "cache" / tensor_cache.MARK).touch()
     for number in range(4):
         (cache / f"{number}").write_bytes(b"x" * 400_000)
         os.utime(cache / f"{number}", (number, number))
@@ -223,3 +227,19 @@ def test_the_cache_of_tensors_is_pruned(place: Home) -> None:
     wait_for(lambda: served(place))
     # Both workers of this test prune one folder, perhaps at the same time.
     assert {path.name for path in cache.iterdir()} == {"2", "3"}
+
+
+def test_a_tier_that_is_ready_marks_what_its_workers_were_sent(place: Home) -> None:
+    mark = place.root / "cache" / tensor_cache.MARK
+    place.set(place.server / "loading")
+    supervise(place)
+    wait_for(lambda: place.started)
+    torn = place.root / "cache" / "tensor"
+    place.set(torn)
+    assert not mark.exists()
+    os.kill(place.workers[0]["pid"], signal.SIGKILL)
+    wait_for(lambda: not torn.exists())
+    place.set(torn)
+    (place.server / "loading").unlink()
+    wait_for(lambda: served(place))
+    wait_for(mark.exists)
