@@ -155,11 +155,8 @@ def processes_of(node: str) -> set[int]:
     machine = json.loads((processes.LABS / LAB_ID / f"hosts/{node}/process.json").read_text())["pid"]
     names = {pid: " ".join(processes.command(pid)) for pid in processes.with_descendants({int(machine)})}
     # numactl, agents and shells name the programs, too, but not as what they are.
-    return {
-        pid
-        for pid, words in names.items()
-        if re.match(r"\S*/bin/(ggml-rpc-server|llama-server) .*--(rpc|cache)", words)
-    }
+    ours = re.compile(r"\S*/bin/(ggml-rpc-server|llama-server) .*--(rpc|cache)")
+    return {pid for pid, words in names.items() if ours.match(words)}
 
 
 def streaming() -> Stream:

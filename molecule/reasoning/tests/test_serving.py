@@ -130,6 +130,18 @@ def test_other_users_of_a_node_reach_no_rpc_port() -> None:
     assert cluster.complete(THINKING, port=SPLIT_PORT).status == 200
 
 
+def test_a_tensor_that_was_not_written_to_its_end_is_not_believed() -> None:
+    said = split.says()
+    torn = run(WORKER, "find /scratch/ai/rpc-cache/rpc -type f").splitlines()[0]
+    run(WORKER, f"truncate --size=1000 {torn}")
+    server = split.head_pid()
+    run(HEAD, f"kill -KILL {server}")
+    cluster.wait_until("another head", lambda: split.parts()[HEAD] not in ([], [server]), 30)
+    split.wait_served()
+    assert split.says() == said
+    assert run(WORKER, f"stat --format=%s {torn}") != "1000"
+
+
 def test_large_tensors_are_sent_once_and_then_kept_by_the_worker() -> None:
     kept = int(run(WORKER, "du --summarize --bytes /scratch/ai/rpc-cache").split()[0])
     plan = json.loads(run(CONTROLLER, "cat /cluster/shared/ai/plans/reasoning.json"))
