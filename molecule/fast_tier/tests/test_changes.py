@@ -178,7 +178,7 @@ def test_a_cancel_of_which_accounting_never_tells_holds_the_tier_and_says_so() -
         run(CONTROLLER, "systemctl start slurmdbd")
     job = start_by_hand(SCRIPT)
     cluster.wait_until("the second tier answers", lambda: second_answers(8083))
-    assert not kept("second")["held"]
+    cluster.wait_until("the keeper has seen it", lambda: not kept("second")["held"], 10)
 
 
 def test_a_tier_that_leaves_the_inventory_is_gone_without_a_trace(tmp_path: Path) -> None:
