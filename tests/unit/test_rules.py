@@ -259,6 +259,19 @@ def test_a_router_tier_competes_only_where_no_node_is_left_for_it() -> None:
     assert competitors(["vasp-02"], gpus_of_vasp_02=2) == []
 
 
+def test_with_a_fourth_node_both_tiers_of_the_first_cluster_run_at_once() -> None:
+    value = sites.beefcake2()
+    value["nodes"]["vasp-04"] = {
+        **value["nodes"]["vasp-03"],
+        "cluster_address": "10.0.0.14",
+        "rpc_address": "10.0.1.14",
+    }
+    (fast,) = (tier for tier in value["tiers"] if tier["kind"] == "router")
+    fast["nodes"] = ["vasp-02", "vasp-04"]
+    site = site_model.read(value, {name: recorded(name) for name in (BEHEMOTH, CODER)})
+    assert [rules.competitors(site, tier) for tier in site.tiers.values()] == [[], []]
+
+
 def test_the_first_clusters_inventory_breaks_no_rule_but_wants_one_gpu_twice() -> None:
     value = sites.beefcake2()
     site = site_model.read(value, {name: recorded(name) for name in (BEHEMOTH, CODER)})
