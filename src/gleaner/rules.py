@@ -228,6 +228,26 @@ def _one_rpc_server(case: Case) -> Iterator[Problem]:
 
 
 @_rule(
+    "the head is the first node",
+    "warning",
+    "Slurm runs the batch step on the first node of a job, and what watches the tier is there: a cut between the head "
+    "and a worker alone would not be seen",
+    "src/gleaner/supervisor.py",
+)
+def _head_first(case: Case) -> Iterator[Problem]:
+    if not case.split:
+        return
+    first = next(name for name in case.site.nodes if name in case.tier.all_nodes)
+    if case.tier.head != first:
+        yield Problem(
+            f"{case.prefix}.head",
+            case.tier.head,
+            f"{first}, which is the first of the tier's nodes in the inventory, as it is in slurm.conf",
+            f"head: {first}, with {case.tier.head} among the workers",
+        )
+
+
+@_rule(
     "CUDA is built for the GPUs",
     "error",
     "a build without a GPU's architecture does not run on it: CUDA 13 can no longer make SM70",

@@ -126,6 +126,11 @@ CASES: dict[str, tuple[int, Change, Change]] = {
         second_split("vasp-03"),
         second_split("vasp-05"),
     ),
+    "the head is the first node": (
+        REASONING,
+        tier(REASONING, head="vasp-03", workers=["vasp-02", "vasp-04"]),
+        tier(REASONING, head="vasp-02", workers=["vasp-03", "vasp-04"]),
+    ),
     "CUDA is built for the GPUs": (FAST, gpus("a100", "vasp-02"), gpus("a100", "vasp-01")),
     "the GPU is known": (FAST, gpus("b300", "vasp-02"), both(gpus("b300"), engine(backend="cpu"))),
     "no prompt cache in host memory over RPC": (
