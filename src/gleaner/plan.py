@@ -478,11 +478,20 @@ class _Wish:
         return all(wanted <= site.nodes[name].memory_mib for name in hosts)
 
     def broken(self, site: Site, model: Model, ubatch_tokens: int) -> set[str]:
-        """The names of the rules that it breaks."""
+        """The names of the rules that it breaks; of other tiers, too, when it changes the engine that all have."""
         engine = dataclasses.replace(site.engine, flash_attention=self.flash_attention)
         changed = dataclasses.replace(site, engine=engine, tiers={**site.tiers, self.tier.name: self.tier})
         index = list(site.tiers).index(self.tier.name)
-        return rules.broken(rules.Case(changed, index, self.tier, (model,), ubatch_tokens))
+        found = rules.broken(rules.Case(changed, index, self.tier, (model,), ubatch_tokens))
+        if self.flash_attention != site.engine.flash_attention:
+            for number, other in enumerate(site.tiers.values()):
+                if number != index:
+                    before, after = (
+                        rules.broken(rules.Case(one, number, other, site.models_of(other), _ubatches(other)[-1]))
+                        for one in (site, changed)
+                    )
+                    found |= after - before
+        return found
 
     def largest(self, site: Site, model: Model) -> list[_Wish]:
         """The same with the largest context that fits and, where that reads prompts slowly, with half of it or less.

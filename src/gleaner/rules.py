@@ -379,6 +379,32 @@ def _competing(case: Case) -> Iterator[Problem]:
 
 
 @_rule(
+    "a node has a GPU for each of its tiers",
+    "warning",
+    "any two of them can run together, but not all of them at the same time",
+    "Slurm, gres/gpu",
+)
+def _crowded(case: Case) -> Iterator[Problem]:
+    rivals = {other.name for other, _ in competitors(case.site, case.tier)}
+    for name in case.tier.all_nodes:
+        # A router tier with other nodes to go to is not counted.
+        bound = [tier for tier in case.site.tiers.values() if name in tier.all_nodes and not _elsewhere(tier, name)]
+        wanted, gpus = sum(tier.gpus_per_node for tier in bound), len(case.site.nodes[name].gpus)
+        if case.tier in bound and wanted > gpus and not rivals & {tier.name for tier in bound}:
+            place = "nodes" if case.tier.kind == "router" else "head" if name == case.tier.head else "workers"
+            yield Problem(
+                f"{case.prefix}.{place}",
+                f"{name}, of which tiers {', '.join(tier.name for tier in bound)} want {wanted} GPUs",
+                f"at most {gpus} in all",
+                "other nodes for one of them; as it is, those of higher priority run and the others when they can",
+            )
+
+
+def _elsewhere(tier: Tier, name: str) -> bool:
+    return tier.kind == "router" and set(tier.nodes) != {name}
+
+
+@_rule(
     "the model was trained for the context",
     "warning",
     "answers get worse beyond it",

@@ -160,3 +160,20 @@ def test_equal_workers_can_change_places() -> None:
     assert [[row[key] for key in keys] for row in first["memory"][:3]] == [
         [row[key] for key in keys] for row in second["memory"][:3]
     ]
+
+
+def test_no_choice_of_the_engine_is_offered_that_another_tier_cannot_have() -> None:
+    """Flash attention is on for all tiers or for none, and over RPC it wants K and V of one type."""
+
+    def offers_flash_attention(value: dict[str, Any]) -> bool:
+        _, plans = plan.examine(value, HEADERS)
+        (wanted,) = (one for one in plans if one["tier"] == "reasoning")
+        return any(choice["flash_attention"] for choice in wanted["alternatives"])
+
+    value = site(ubatch_tokens=512)
+    assert offers_flash_attention(value)
+    names = {"name": "other", "job_name": "llama-other", "gateway_port": 8082, "priority": 5}
+    other = {**value["tiers"][REASONING], **names, "context_tokens": 4096}
+    for cache, offered in (({"k": "f16", "v": "f16"}, True), ({"k": "q4_0", "v": "f16"}, False)):
+        value["tiers"][REASONING + 1 :] = [{**other, "kv_cache": cache}]
+        assert offers_flash_attention(value) is offered

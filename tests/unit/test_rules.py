@@ -76,6 +76,19 @@ def second_split(worker: str) -> Change:
     return change
 
 
+def three_on_vasp_03(gpus_of_it: int) -> Change:
+    """Three tiers that want a GPU of vasp-03 each, among them both of the good site."""
+
+    def change(value: dict[str, Any], headers: dict[str, Any]) -> None:
+        value["nodes"]["vasp-03"]["gpus"] *= gpus_of_it
+        fast = value["tiers"][FAST]
+        fast["nodes"] = ["vasp-03"]
+        names = {"name": "third", "job_name": "llama-third", "gateway_port": 8082, "priority": 30}
+        value["tiers"].append({**fast, **names})
+
+    return change
+
+
 def both(*changes: Change) -> Change:
     def change(value: dict[str, Any], headers: dict[str, Any]) -> None:
         for one in changes:
@@ -154,6 +167,7 @@ CASES: dict[str, tuple[int, Change, Change]] = {
     ),
     "tiers on the same GPUs have an order": (REASONING, tier(FAST, priority=20), both(tier(FAST, priority=20), APART)),
     "tiers compete for the same GPUs": (FAST, tier(FAST, nodes=["vasp-02"]), tier(FAST, nodes=["vasp-02", "vasp-04"])),
+    "a node has a GPU for each of its tiers": (2, three_on_vasp_03(2), three_on_vasp_03(3)),
     "the model was trained for the context": (
         FAST,
         tier(FAST, context_tokens=8193),
