@@ -7,54 +7,19 @@ import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
-
-import yaml
 
 from benchmarks import report
 from gleaner import memory, plan, rules
 from gleaner import site as site_model
 from gleaner.architectures import Batch
 from gleaner.site import KvCache, Model, Site, Tier
+from tests.unit import sites
 
 ROOT = Path(__file__).resolve().parents[1]
-INVENTORY = ROOT / "inventories/beefcake2"
 GIB = 2**30
 CACHES = (("f16", "f16"), ("q8_0", "q8_0"), ("q4_0", "q4_0"), ("q4_0", "f16"))
 UBATCHES = (1024, 512, 256, 128, 64, 32)
 CONTEXT = 131072
-
-
-def variables(name: str) -> dict[str, Any]:
-    value: dict[str, Any] = yaml.safe_load((INVENTORY / "group_vars/all" / f"{name}.yml").read_text())
-    return value
-
-
-def site_value() -> dict[str, Any]:
-    """The inventory's site as its templates make it, with stand-ins for what a site has to fill in."""
-    cluster, engine, slurm = variables("cluster"), variables("engine"), variables("slurm")
-    group = yaml.safe_load((INVENTORY / "hosts.yml").read_text())["all"]["children"]["cluster"]["children"]
-    nodes = group["slurm_nodes"]
-    known = ("cluster_address", "rpc_address", "cpus", "memory_mib", "gpus")
-    source = {"source": "file:///to-be-filled-in", "sha256": "0" * 64}
-    return {
-        **{key: cluster[key] for key in ("cluster_name", "controller", "service_user", "shared_dir")},
-        "inventory_dir": str(INVENTORY),
-        "llama_cpp": {
-            "version": engine["llama_cpp_version"],
-            "backend": engine["llama_cpp_backend"],
-            "flash_attention": engine["llama_cpp_flash_attention"],
-            "cuda_architectures": engine["llama_cpp_cuda_architectures"],
-            "source": {"url": source["source"], "sha256": source["sha256"]},
-        },
-        "slurm": {key: slurm[f"slurm_{key}"] for key in ("ai_partition", "ai_qos", "ai_account", "grace_seconds")},
-        "nodes": {
-            name: {key: value for key, value in {**nodes["vars"], **host}.items() if key in known}
-            for name, host in nodes["hosts"].items()
-        },
-        "models": [{**model, **source} for model in variables("models")["models"]],
-        "tiers": variables("tiers")["tiers"],
-    }
 
 
 def caches(model: Model) -> Iterator[str]:
@@ -79,7 +44,7 @@ def contexts(site: Site, tier: Tier, model: Model) -> Iterator[str]:
 
 
 def section() -> str:
-    value = site_value()
+    value = sites.beefcake2()
     headers = site_model.read_headers(value)
     site = site_model.read(value, headers)
     tier = next(tier for tier in site.tiers.values() if tier.kind == "layer_split")
