@@ -20,7 +20,7 @@ PLAYBOOK = $(BIN)/ansible-playbook $(BECOME)
 OWN_LAB := env --unset=GLEANER_LAB_ID
 STAYS := the packages apt-cacher-ng, mmdebstrap, systemd-container, iproute2, debian-archive-keyring and openssh-client
 
-.PHONY: help up down distclean sources test test-full lint unit lab-tests bench fuzz
+.PHONY: help up down distclean sources test lint unit lab-tests bench fuzz test-full full-machine full-lab full-timed
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
@@ -74,13 +74,20 @@ fuzz: .venv/fuzz
 	PYTHONPATH=src nice $(BIN)/python -m tests.fuzz.gguf_header --record \
 		--seconds $(SECONDS) --corpus $(GLEANER_CACHE)/fuzz/gguf_header
 
-# What is longer than make test; docs/test-full.md lists it.
-test-full: test
+# What is longer than make test; docs/test-full.md lists it. Its parts have labs of their own, so that with -j2 they run
+# beside one another; what is timed runs alone, at the end.
+test-full: full-timed
+
+full-machine: .venv/ready $(VAULT) sources
 	$(SUDO) tools/fresh_machine
 	$(OWN_LAB) $(BIN)/python -m pytest -v tests/full --ignore=tests/full/lab
+
+full-lab: full-machine
 	GLEANER_LAB_ID=5 PYTHONPATH=src tools/with_lab $(BIN)/python -m pytest -v tests/full/lab
-	$(OWN_LAB) $(BIN)/python -m benchmarks.bring_up --rounds 1 --make-up
 	GLEANER_LAB_ID=9 PYTHONPATH=src tools/with_lab $(BIN)/python -m benchmarks.sizing
+
+full-timed: test full-lab
+	$(OWN_LAB) $(BIN)/python -m benchmarks.bring_up --rounds 1 --make-up
 
 .venv/ready: requirements.txt constraints.txt tools/bootstrap
 	tools/bootstrap .venv

@@ -332,7 +332,7 @@ class Keeper:
         if job.state != "PENDING":
             return
         if job.reason == "BeginTime":
-            slurm.start_now(job.id)
+            slurm.start_soon(job.id)
             say(f"{tier.tier}: job {job.id} was requeued, its wait is ended")
         elif held_by_slurm(job):
             key = f"{tier.tier}/{job.id}/{job.restarts}"

@@ -292,9 +292,13 @@ def release(job_id: int) -> None:
     run(["scontrol", "release", str(job_id)])
 
 
-def start_now(job_id: int) -> None:
-    """End the wait that Slurm gives a requeued job."""
-    run(["scontrol", "update", f"JobId={job_id}", "StartTime=now"])
+def start_soon(job_id: int) -> None:
+    """End the wait that Slurm gives a requeued job.
+
+    Not at once: a node refuses a job that starts in the very second in which its credential of the run before was
+    revoked ("Job credential revoked"), and Slurm counts whole seconds.
+    """
+    run(["scontrol", "update", f"JobId={job_id}", "StartTime=now+2"])
 
 
 def hosts(expression: str) -> list[str]:

@@ -125,7 +125,7 @@ def test_requeued_job_does_not_wait(site: Site) -> None:
     running(site)
     site.queue(queue_line(state="PENDING", restarts="1", reason="BeginTime", nodes=""))
     site.poll()
-    assert site.place.calls_of("scontrol update") == ["scontrol update JobId=41 StartTime=now"]
+    assert site.place.calls_of("scontrol update") == ["scontrol update JobId=41 StartTime=now+2"]
 
 
 @pytest.mark.parametrize(
