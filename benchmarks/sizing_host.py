@@ -23,7 +23,7 @@ from typing import Any
 
 READY_SECONDS = 120
 ANSWER_SECONDS = 900
-TRIES = 10
+TRIES = 30
 BUFFER = re.compile(r"(\S+) +(model|KV|compute|output) buffer size = +([\d.]+) MiB")
 LAYER = re.compile(r"load_tensors: layer +\d+ assigned to device (\w+),")
 CACHE = re.compile(r"llama_kv_cache: size = +([\d.]+) MiB")
