@@ -31,6 +31,9 @@ GREETING_SECONDS = 5.0
 STOP_SECONDS = 1.0
 LEAVE_SECONDS = 3.0
 WITHDRAW_SECONDS = 1.0
+# The gateway learns of a withdrawal within this time. Until then it may hand over one more request, also on a
+# connection that a stopping server still holds: no idleness is believed before.
+ROUTED_SECONDS = 0.8
 ASK_SECONDS = 3.0
 REQUEUE_SECONDS = 5.0
 # A server that was ready, is stopped by a signal or does not answer /health for this long, is restarted.
@@ -214,6 +217,8 @@ class Supervisor:
         self.good_at = 0.0
         self.moving_at: dict[str, float] = {}
         self.beat_at = 0.0
+        self.idle = False
+        self.routed_until = 0.0
         self.cause: Cause | None = None
         self.exit = Exit.STOPPED
 
@@ -260,6 +265,9 @@ class Supervisor:
         elif self.phase is Phase.PAUSING and now >= self.deadline + UNKILLABLE_SECONDS:
             stuck = ",".join(sorted(self.ending))
             self._fail(Exit.SERVER_FAILED, f"process on {stuck} is not gone {UNKILLABLE_SECONDS:g} s after KILL")
+        elif self.phase is Phase.DRAINING and self.idle and now >= self.routed_until:
+            say("drain: nothing in flight")
+            self._stop()
         elif self.phase is Phase.DRAINING and now >= self.deadline:
             say(f"drain: {self.plan.drain_seconds:g} s are over, ending what is in flight")
             # llama-server with a stream in flight does not end on TERM.
@@ -447,9 +455,7 @@ class Supervisor:
                 self._ready()
         elif beat["health"] == "loading" and self.phase is Phase.SERVING:
             self.good_at = now
-        if self.phase is Phase.DRAINING and beat["busy"] is False:
-            say("drain: nothing in flight")
-            self._stop()
+        self.idle = beat["busy"] is False
 
     # The life of what the agents start
 
@@ -572,6 +578,8 @@ class Supervisor:
             return
         asked_at = time.monotonic()
         self._withdraw()
+        if self.phase is Phase.SERVING:
+            self.routed_until = time.monotonic() + ROUTED_SECONDS
         # Slurm may take ASK_SECONDS, and signals of agents make us ask again before the next tick.
         self._beat_all()
         cause = self._ask_why()

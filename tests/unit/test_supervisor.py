@@ -210,6 +210,21 @@ def test_preempted_busy_drains_first(place: Home) -> None:
     assert len(place.calls_of("scontrol requeue")) == 1
 
 
+def test_a_request_that_the_gateway_hands_over_after_the_withdrawal_is_drained_too(place: Home) -> None:
+    child = supervise(place)
+    wait_for(lambda: served(place))
+    server = place.started[0]["pid"]
+    place.set(place.slurm / "job", job_text(preempted="2026-11-24T01:10:00"))
+    child.send_signal(signal.SIGTERM)
+    wait_for(lambda: served(place) is None)
+    place.set(place.server / "busy")
+    time.sleep(1.2)
+    assert alive(server)
+    (place.server / "busy").unlink()
+    assert child.wait(10) == Exit.STOPPED
+    assert "drain: nothing in flight" in place.log("supervise")
+
+
 def test_drain_ends_with_its_budget(place: Home) -> None:
     child = supervise(place, drain_seconds=1)
     wait_for(lambda: served(place))
