@@ -7,13 +7,14 @@ import re
 import pytest
 
 from tests.lab import cluster
-from tests.lab.cluster import CONTROLLER, PORT, SMOLLM2, run
+from tests.lab.cluster import CONTROLLER, PORT, SMOLLM2, SPLIT_PORT, run
 
 
 def test_nginx_listens_where_the_inventory_says_and_nowhere_else() -> None:
     lines = run(CONTROLLER, "ss --no-header --listening --tcp --numeric --processes").splitlines()
     listening = {line.split()[3] for line in lines if '"nginx"' in line}
-    assert listening == {f"127.0.0.1:{PORT}", f"{cluster.address(CONTROLLER)}:{PORT}"}
+    addresses = ("127.0.0.1", cluster.address(CONTROLLER))
+    assert listening == {f"{address}:{port}" for address in addresses for port in (PORT, SPLIT_PORT)}
 
 
 @pytest.mark.parametrize(("unit", "exposure"), [("gleaner-upstream", 2.5), ("gleaner-keeper", 2.0)])
@@ -25,11 +26,13 @@ def test_units_are_hardened(unit: str, exposure: float) -> None:
     assert float(found[1]) <= exposure
 
 
-def test_the_keeper_is_not_root_and_the_updater_has_two_capabilities() -> None:
+def test_the_keeper_is_not_root_and_the_updater_has_three_capabilities() -> None:
     keeper = run(CONTROLLER, "grep ^CapEff /proc/$(systemctl show -p MainPID --value gleaner-keeper)/status")
     assert int(keeper.split()[1], 16) == 0
     updater = run(CONTROLLER, "grep ^CapEff /proc/$(systemctl show -p MainPID --value gleaner-upstream)/status")
-    assert int(updater.split()[1], 16) == 1 << 1 | 1 << 10  # CAP_DAC_OVERRIDE, CAP_NET_BIND_SERVICE
+    assert (
+        int(updater.split()[1], 16) == 1 << 1 | 1 << 10 | 1 << 12
+    )  # CAP_DAC_OVERRIDE, CAP_NET_BIND_SERVICE, CAP_NET_ADMIN
 
 
 @pytest.mark.parametrize("unit", ["gleaner-upstream", "gleaner-keeper", "nginx"])
