@@ -113,18 +113,16 @@ def binding(numa_node: int | None, allowed: set[int], sysfs: Path = Path("/sys/d
 
 def require_free(task: Task) -> None:
     """ValueError when the task's port is taken: /health of a foreign program there would pass for our server's."""
-    place, variable = (task.address, task.port), "tiers[].gateway_port" if task.answers_http else "RPC port"
+    variable, choice = ("tiers[].gateway_port", ", or choose another port") if task.answers_http else ("RPC port", "")
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as sock:
         # As the server does it: connections of its predecessor that still close are no obstacle.
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            sock.bind(place)
+            sock.bind((task.address, task.port))
         except OSError as error:
             raise ValueError(
-                f"{variable}: {task.address}:{task.port} cannot be listened on ({error.strerror}): end the program "
-                f"that has it (`ss -ltnp sport = :{task.port}` on this node)"
-                + ", or choose another port"
-                * task.answers_http
+                f"{variable}: {task.address}:{task.port} cannot be listened on ({error.strerror}): "
+                f"end the program that has it (`ss -ltnp sport = :{task.port}` on this node){choice}"
             ) from None
 
 
@@ -464,8 +462,8 @@ class Agent:
             elif "quit" in message:
                 self.leaving = True
                 self._stop(float(message["quit"]))
-        if any(line.silent_seconds > heartbeat.SILENCE_SECONDS for line in self.lines):
-            raise heartbeat.ChannelClosed(f"silent for {heartbeat.SILENCE_SECONDS:g} s")
+        for line in self.lines:
+            line.mind_silence()
 
     def _start(self, task: Task) -> None:
         if self.leaving:

@@ -83,7 +83,7 @@ class Ruleset:
         return ", ".join(words for since, words in parts.items() if self.version < since)
 
     def _allow(self, path: Path, access: int) -> None:
-        # The folders of libraries differ between systems.
+        # A cache that is not there is not written to, and a program that is not there is missed by who starts it.
         with contextlib.suppress(FileNotFoundError):
             place = os.open(path, os.O_PATH | os.O_CLOEXEC)
             try:

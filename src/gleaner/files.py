@@ -82,7 +82,5 @@ def own_file() -> str:
 
 def own_command() -> list[str]:
     """The command line that starts this very program, from a zipapp or from a source tree."""
-    home = Path(__file__).resolve().parent.parent
-    if home.is_file():
-        return [sys.executable, str(home)]
-    return [sys.executable, "-m", "gleaner"]
+    home = own_file()
+    return [sys.executable, "-m", "gleaner"] if home == sys.executable else [sys.executable, home]

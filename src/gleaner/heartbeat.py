@@ -46,6 +46,11 @@ class Channel:
     def silent_seconds(self) -> float:
         return time.monotonic() - self.heard
 
+    def mind_silence(self) -> None:
+        """ChannelClosed when the other side has not been heard for too long."""
+        if self.silent_seconds > SILENCE_SECONDS:
+            raise ChannelClosed(f"silent for {SILENCE_SECONDS:g} s")
+
     def receive(self) -> list[Message]:
         """Whole messages that are here; ValueError for what is no message, ChannelClosed at the end."""
         closed = False

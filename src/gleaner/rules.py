@@ -50,6 +50,11 @@ class Case:
     def prefix(self) -> str:
         return f"tiers[{self.index}]"
 
+    def variable_of(self, nodes: list[str]) -> str:
+        """The variable by which the tier has these nodes."""
+        place = "nodes" if not self.split else "head" if nodes == [self.tier.head] else "workers"
+        return f"{self.prefix}.{place}"
+
     @property
     def cuda(self) -> bool:
         return self.site.engine.backend == "cuda"
@@ -369,9 +374,8 @@ def _same_priority(case: Case) -> Iterator[Problem]:
 def _competing(case: Case) -> Iterator[Problem]:
     for other, shared in competitors(case.site, case.tier):
         first = case.tier if case.tier.priority > other.priority else other
-        place = "nodes" if case.tier.kind == "router" else "head" if shared == [case.tier.head] else "workers"
         yield Problem(
-            f"{case.prefix}.{place}",
+            case.variable_of(shared),
             f"{', '.join(shared)}, whose GPUs tier {other.name} wants too",
             "nodes of its own for each tier that shall run at the same time",
             f"as it is, {first.name} has the higher priority and the other runs when it does not",
@@ -391,9 +395,8 @@ def _crowded(case: Case) -> Iterator[Problem]:
         bound = [tier for tier in case.site.tiers.values() if name in tier.all_nodes and not _elsewhere(tier, name)]
         wanted, gpus = sum(tier.gpus_per_node for tier in bound), len(case.site.nodes[name].gpus)
         if case.tier in bound and wanted > gpus and not rivals & {tier.name for tier in bound}:
-            place = "nodes" if case.tier.kind == "router" else "head" if name == case.tier.head else "workers"
             yield Problem(
-                f"{case.prefix}.{place}",
+                case.variable_of([name]),
                 f"{name}, of which tiers {', '.join(tier.name for tier in bound)} want {wanted} GPUs",
                 f"at most {gpus} in all",
                 "other nodes for one of them; as it is, those of higher priority run and the others when they can",

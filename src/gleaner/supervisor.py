@@ -385,7 +385,7 @@ class Supervisor:
             try:
                 channel.flush()
                 channel.receive()
-                self._mind_silence(channel)
+                channel.mind_silence()
             except (ValueError, heartbeat.ChannelClosed) as error:
                 self._lost(node, f"{error} on the {self.networks[network]} network")
         for node, channel in list(self.agents.items()):
@@ -393,14 +393,9 @@ class Supervisor:
                 channel.flush()
                 for message in channel.receive():
                     self._heard(node, message)
-                self._mind_silence(channel)
+                channel.mind_silence()
             except (ValueError, heartbeat.ChannelClosed) as error:
                 self._lost(node, f"{error} on the {self.networks[0]} network")
-
-    @staticmethod
-    def _mind_silence(channel: heartbeat.Channel) -> None:
-        if channel.silent_seconds > heartbeat.SILENCE_SECONDS:
-            raise heartbeat.ChannelClosed(f"silent for {heartbeat.SILENCE_SECONDS:g} s")
 
     def _lost(self, node: str, why: str) -> None:
         channel = self.agents.pop(node, None)

@@ -210,6 +210,24 @@ class Nginx(Protocol):
         """Empty once new workers serve, or why they do not."""
 
 
+def _call(argv: list[str], seconds: float) -> tuple[bool, str]:
+    """Whether a command succeeded in time, and what it complained of; a failure is never without words."""
+    try:
+        done = subprocess.run(argv, stdin=subprocess.DEVNULL, capture_output=True, timeout=seconds, check=False)
+    except subprocess.TimeoutExpired:
+        return False, f"{argv[0]}: no answer within {seconds:g} s"
+    except OSError as error:
+        return False, f"{argv[0]}: {error.strerror}"
+    text = done.stderr.decode(errors="replace").strip()
+    return (True, text) if done.returncode == 0 else (False, text or f"{argv[0]}: exit code {done.returncode}")
+
+
+def _fault(argv: list[str], seconds: float) -> str:
+    """Empty when a command succeeded, whatever it warned of."""
+    succeeded, text = _call(argv, seconds)
+    return "" if succeeded else text
+
+
 class SystemNginx:
     """nginx.service of this host."""
 
@@ -217,14 +235,14 @@ class SystemNginx:
         self._pid_file, self._proc = pid_file, proc
 
     def test(self) -> str:
-        return self._run(["nginx", "-t", "-q"])
+        return _fault(["nginx", "-t", "-q"], RELOAD_SECONDS)
 
     def reload(self) -> str:
         before = self._workers()
         if not before:
             # It reads its files when it starts.
             return "nginx is not running"
-        failure = self._run(["systemctl", "reload", "nginx.service"])
+        failure = _fault(["systemctl", "reload", "nginx.service"], RELOAD_SECONDS)
         if failure:
             return failure
         deadline = time.monotonic() + RELOAD_SECONDS
@@ -235,19 +253,6 @@ class SystemNginx:
                 return ""
             time.sleep(0.02)
         return f"nginx's old workers still accept connections {RELOAD_SECONDS:g} s after the reload"
-
-    @staticmethod
-    def _run(argv: list[str]) -> str:
-        try:
-            done = subprocess.run(
-                argv, stdin=subprocess.DEVNULL, capture_output=True, timeout=RELOAD_SECONDS, check=False
-            )
-        except subprocess.TimeoutExpired:
-            return f"{argv[0]}: no answer within {RELOAD_SECONDS:g} s"
-        except OSError as error:
-            return f"{argv[0]}: {error.strerror}"
-        text = done.stderr.decode(errors="replace").strip()
-        return "" if done.returncode == 0 else text or f"{argv[0]}: exit code {done.returncode}"
 
     def _workers(self) -> dict[int, bool]:
         """nginx's workers: pid to whether it takes new connections."""
@@ -482,7 +487,7 @@ class Watched:
     routed_to: tuple[str, int] | None = None
     parting: Probe | None = None
     """A last look at the server that was routed to before."""
-    parted: tuple[str, int] = ("", 0)
+    parted: str = ""
 
 
 def sever(address: str, port: int) -> str:
@@ -490,21 +495,11 @@ def sever(address: str, port: int) -> str:
 
     nginx would wait for a host that is gone for as long as for a model that thinks.
     """
-    argv = ["ss", "--kill", "--no-header", "--tcp", "--numeric", "dst", address, "dport", "=", f":{port}"]
-    try:
-        done = subprocess.run(
-            argv,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            timeout=SEVER_SECONDS,
-            env={**os.environ, "LC_ALL": "C"},
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
-        return f"ss: no answer within {SEVER_SECONDS:g} s"
-    except OSError as error:
-        return f"ss: {error.strerror}"
-    return done.stderr.decode(errors="replace").strip()
+    # It succeeds also when the kernel refuses, and says so.
+    _, text = _call(
+        ["ss", "--kill", "--no-header", "--tcp", "--numeric", "dst", address, "dport", "=", f":{port}"], SEVER_SECONDS
+    )
+    return text
 
 
 class Updater:
@@ -601,6 +596,8 @@ class Updater:
             if router.down():
                 say(f"{tier.tier}: routing off: /health of {target.host} is not good")
                 if not memory.reached:
+                    # No last look is needed.
+                    watched.routed_to = None
                     self._sever(watched, tier.nodes[target.host])
             return
         was_up = router.up
@@ -617,14 +614,14 @@ class Updater:
             if watched.routed_to is not None:
                 self._forget_parting(watched)
                 watched.parting = Probe(self.selector, *watched.routed_to, "/health", CONNECT_TIMEOUT)
-                watched.parted = watched.routed_to
+                watched.parted = watched.routed_to[0]
             watched.routed_to = place
         probe = watched.parting
         if probe is None or not probe.advance():
             return
         self._forget_parting(watched)
         if not probe.connected and probe.failure != "refused":
-            self._sever(watched, watched.parted[0])
+            self._sever(watched, watched.parted)
 
     def _sever(self, watched: Watched, address: str) -> None:
         failure = self.sever(address, watched.config.node_port)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
+from gleaner import plan, site
 from tests.docs.readme import ROOT
 from tools import role_docs
 
@@ -51,3 +52,8 @@ def test_a_table_cell_holds_no_bar() -> None:
         "| `x` | str |  | {{ a \\| b }} |",
         "| `y` | str | `{{ a \\| b }}` | `x` |",
     ]
+
+
+def test_what_roles_and_planner_have_to_agree_on_is_the_same() -> None:
+    assert str(site.RPC_PORT) in defaults(ROOT / "roles/tier_node")["tier_node_rpc_ports"]
+    assert defaults(ROOT / "roles/rpc_worker")["rpc_worker_cache_directory"] == plan.RPC_CACHE_DIR

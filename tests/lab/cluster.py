@@ -121,6 +121,12 @@ def running_job(name: str = JOB_NAME) -> Job:
     return wait_until(f"{name} is running", lambda: job if (job := tier_job(name)) and job.state == "RUNNING" else None)
 
 
+def status(tier: str) -> dict[str, Any]:
+    """What `gleaner status` says of a tier."""
+    lines: list[dict[str, Any]] = json.loads(run(CONTROLLER, "gleaner status --json"))
+    return next(line for line in lines if line["tier"] == tier)
+
+
 def comment(job: int) -> str:
     """What `scontrol show job` says as a job's comment."""
     text = run(CONTROLLER, f"scontrol show job {job}")
@@ -213,12 +219,12 @@ def complete(model: str, tokens: int = 1, port: int = PORT) -> Answer:
     return ask("/v1/completions", {"model": model, "prompt": "Once upon a time", "max_tokens": tokens}, port=port)
 
 
-def stream(model: str, tokens: int, port: int = PORT) -> Answer:
+def stream(model: str, tokens: int) -> Answer:
     """A stream of so many tokens, read to its end; a whole one ends with `[DONE]`."""
     wish = {"model": model, "prompt": "Once upon a time", "max_tokens": tokens, "stream": True, "ignore_eos": True}
     start = time.monotonic()
     try:
-        return ask("/v1/completions", wish, port=port)
+        return ask("/v1/completions", wish)
     except http.client.IncompleteRead as broken:
         return Answer(200, {}, broken.partial, time.monotonic() - start)
 

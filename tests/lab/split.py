@@ -135,7 +135,15 @@ def is_clear(node: str, before: dict[str, list[int]]) -> bool:
 def says() -> str:
     """What the tier answers with, always the same: weights that are not whole say something else."""
     wish = {"model": THINKING, "prompt": "One, two, three,", "max_tokens": 12, "temperature": 0}
-    return str(cluster.ask("/v1/completions", wish, port=SPLIT_PORT).json["choices"][0]["text"])
+    answer = cluster.ask("/v1/completions", wish, port=SPLIT_PORT)
+    assert answer.status == 200, answer
+    return str(answer.json["choices"][0]["text"])
+
+
+def settled() -> tuple[dict[str, list[int]], str]:
+    """The tier's processes and what it says, once it serves."""
+    wait_served()
+    return parts(), says()
 
 
 def assert_back(said: str) -> None:
@@ -167,7 +175,7 @@ def streaming() -> Stream:
 
 def lose_process(node: str, signal: str, *, busy: bool) -> None:
     """The tier goes whole, and comes back, when its process on a node gets this signal."""
-    before, said = parts(), says()
+    before, said = settled()
     stream = streaming() if busy else None
     (pid,) = before[node]
     cluster.run(node, f"kill -{signal} {pid}")
@@ -177,9 +185,10 @@ def lose_process(node: str, signal: str, *, busy: bool) -> None:
 
 def lose_network(node: str, networks: str) -> None:
     """The same when a node is cut off from these networks; and the node itself ends what it has."""
-    before, said = parts(), says()
+    before, said = settled()
     stream = streaming()
     reachable = tuple(name for name in NODES if name != node or "m" not in networks)
+    assert processes_of(node), "they are not seen from below"
     with cut(node, *networks):
         assert_goes(stream, reachable, before)
         # The agent there hears nobody, and ends what it started; seen from the machine below.
@@ -190,7 +199,7 @@ def lose_network(node: str, networks: str) -> None:
 
 def lose_power(node: str) -> None:
     """The same when a node loses its power for a moment."""
-    before, said = parts(), says()
+    before, said = settled()
     stream = streaming()
     boot = cluster.run(node, "stat --format=%Y /proc/1")
     cluster.host(node).run("systemctl reboot --force --force")

@@ -65,11 +65,6 @@ def wanted_digest(tier: str) -> str:
     return next(str(entry["digest"]) for entry in keeping if entry["tier"] == tier)
 
 
-def status(tier: str) -> dict[str, Any]:
-    lines: list[dict[str, Any]] = json.loads(run(CONTROLLER, "gleaner status --json"))
-    return next(line for line in lines if line["tier"] == tier)
-
-
 def second_answers(port: int = 8082) -> bool:
     return cluster.complete(TINY, port=port).status == 200
 
@@ -153,8 +148,8 @@ def test_a_waiting_job_of_another_plan_is_replaced_and_the_gateway_follows(tmp_p
 
 def test_a_job_that_a_person_submits_from_the_current_script_is_the_tiers() -> None:
     cluster.cancel(cluster.running_job("llama-second").id)
-    cluster.wait_until("it is held", lambda: status("second")["state"] == "held")
-    assert status("second")["why"].endswith("was cancelled by uid 0")
+    cluster.wait_until("it is held", lambda: cluster.status("second")["state"] == "held")
+    assert cluster.status("second")["why"].endswith("was cancelled by uid 0")
     job = start_by_hand(SCRIPT)
     cluster.wait_until("the second tier answers", lambda: second_answers(8083))
     cluster.wait_until("the keeper has taken it", lambda: kept("second")["job"] == job)
@@ -169,10 +164,10 @@ def test_a_cancel_of_which_accounting_never_tells_holds_the_tier_and_says_so() -
     run(CONTROLLER, "systemctl stop slurmdbd")
     try:
         cluster.cancel(job)
-        cluster.wait_until("it is paused", lambda: status("second")["state"] == "paused", 30)
-        assert f"job {job} was cancelled; asking accounting by whom" in status("second")["why"]
-        cluster.wait_until("it is held", lambda: status("second")["state"] == "held", 60)
-        why = status("second")["why"]
+        cluster.wait_until("it is paused", lambda: cluster.status("second")["state"] == "paused", 30)
+        assert f"job {job} was cancelled; asking accounting by whom" in cluster.status("second")["why"]
+        cluster.wait_until("it is held", lambda: cluster.status("second")["state"] == "held", 60)
+        why = cluster.status("second")["why"]
         assert why.startswith(f"job {job} was cancelled, and accounting did not say by whom within 20 s (sacct: ")
     finally:
         run(CONTROLLER, "systemctl start slurmdbd")

@@ -7,16 +7,10 @@ from __future__ import annotations
 
 import pytest
 
-from tests.lab import cluster, split
-from tests.lab.cluster import HEAD, SPLIT_PORT, THINKING, WORKERS
+from tests.lab import split
+from tests.lab.cluster import HEAD, WORKERS
 
 (WORKER,) = WORKERS
-
-
-@pytest.fixture(autouse=True)
-def _served() -> None:
-    split.wait_served()
-    assert cluster.complete(THINKING, port=SPLIT_PORT).status == 200
 
 
 @pytest.mark.parametrize(

@@ -5,9 +5,7 @@ With workers on both other nodes, as the first cluster had them, the layer-split
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 
@@ -18,11 +16,6 @@ from tests.lab.inventory import apply, tiers
 FAST, REASONING = "fast", "reasoning"
 # Three times the wait of the lab's keeper: a ping-pong would show.
 QUIET_SECONDS = 30.0
-
-
-def status(tier: str) -> dict[str, Any]:
-    lines: list[dict[str, Any]] = json.loads(run(CONTROLLER, "gleaner status --json"))
-    return next(line for line in lines if line["tier"] == tier)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -41,7 +34,7 @@ def test_of_two_that_wait_the_higher_one_starts() -> None:
     cluster.wait_until("the higher tier runs on all nodes", lambda: len(nodes()) == 3, 120)
     split.wait_served()
     assert cluster.complete(THINKING, port=SPLIT_PORT).status == 200
-    lower = status(FAST)
+    lower = cluster.status(FAST)
     assert lower["state"] == "queued", lower
     cluster.assert_away(cluster.ask("/health", port=PORT))
 
@@ -63,7 +56,7 @@ def test_the_lower_one_runs_while_the_higher_one_cannot_and_yields_when_it_can()
         answers = cluster.watch_for(QUIET_SECONDS)
         assert {answer.status for answer in answers} == {200}
         assert cluster.running_job() == before
-        assert status(REASONING)["state"] == "queued"
+        assert cluster.status(REASONING)["state"] == "queued"
     finally:
         cluster.cancel(paying)
     cluster.wait_until("the higher tier is back", lambda: len(nodes()) == 3, 180)
