@@ -28,14 +28,23 @@ class Probe:
     """One request. Register with a selector, call `advance` on events and ticks until `done`.
 
     `status` is the HTTP status or None; `failure` is `refused`, `timeout` or an error text. `connected`: the other host
-    answered at all, since its kernel does so even for a program that hangs.
+    answered at all, since its kernel does so even for a program that hangs; it has `connect_timeout` seconds for that.
     """
 
     def __init__(
-        self, selector: selectors.BaseSelector, address: str, port: int, path: str, timeout: float, key: str = ""
+        self,
+        selector: selectors.BaseSelector,
+        address: str,
+        port: int,
+        path: str,
+        timeout: float,
+        key: str = "",
+        connect_timeout: float | None = None,
     ) -> None:
         self._selector = selector
-        self._deadline = time.monotonic() + timeout
+        now = time.monotonic()
+        self._deadline = now + timeout
+        self._connect_deadline = self._deadline if connect_timeout is None else now + connect_timeout
         lines = [f"GET {path} HTTP/1.1", f"Host: {address}:{port}", "Connection: close"]
         lines += [f"Authorization: Bearer {key}"] if key else []
         self._request = "".join(f"{line}\r\n" for line in [*lines, ""]).encode()
@@ -63,7 +72,7 @@ class Probe:
             pass
         except OSError as error:
             self._fail(error.errno or errno.EIO)
-        if not self.done and time.monotonic() >= self._deadline:
+        if not self.done and time.monotonic() >= (self._deadline if self.connected else self._connect_deadline):
             self.failure = "timeout"
             self.close()
         return self.done

@@ -484,9 +484,9 @@ class Watched:
     probe: Probe | None = None
     probe_at: float = 0.0
     target: Record | None = None
-    routed_to: tuple[str, int] | None = None
+    """What `probe` looks at, and what the tier is routed to while it is."""
     parting: Probe | None = None
-    """A last look at the server that was routed to before."""
+    """A last look at the server that was routed to before, at `parted`."""
     parted: str = ""
 
 
@@ -577,10 +577,15 @@ class Updater:
         verdict = decide(tier, memory, reading, jobs, now, self.config.stale_seconds)
         target = verdict.target
         if target is None or (watched.target is not None and watched.target.run != target.run):
+            was_up = router.down()
+            if was_up:
+                self._leave(watched)
             self._forget_health(watched)
+            if was_up and target is not None:
+                say(f"{tier.tier}: routing off: job {target.job} restart {target.restart} is to be routed to")
         watched.verdict, watched.target = verdict, target
         if target is None:
-            if router.down() or memory.good is not None:
+            if was_up or memory.good is not None:
                 say(f"{tier.tier}: routing off: {verdict.why}")
                 self.changes.clear(tier.tier)
             elif not isinstance(reading, Withdrawn) and verdict.why != FIRST_SIGHT:
@@ -595,10 +600,7 @@ class Updater:
         if not memory.healthy:
             if router.down():
                 say(f"{tier.tier}: routing off: /health of {target.host} is not good")
-                if not memory.reached:
-                    # No last look is needed.
-                    watched.routed_to = None
-                    self._sever(watched, tier.nodes[target.host])
+                self._leave(watched)
             return
         was_up = router.up
         if router.route(target, tier.nodes[target.host], tier.node_port):
@@ -606,18 +608,25 @@ class Updater:
             if not was_up:
                 say(f"{tier.tier}: routed to {target.host}, job {target.job} restart {target.restart}")
 
+    def _leave(self, watched: Watched) -> None:
+        """Streams of the server that was routed to go on, unless its host is gone: then they would hang."""
+        if watched.target is None:
+            return
+        self._forget_parting(watched)
+        address = watched.config.nodes[watched.target.host]
+        if not watched.memory.reached:
+            self._sever(watched, address)
+            return
+        watched.parted = address
+        if watched.probe is not None and not watched.probe.connected:
+            # It knows sooner than one that is begun now.
+            watched.parting, watched.probe = watched.probe, None
+        else:
+            watched.parting = self._health_probe(watched, address)
+
     def _part(self, watched: Watched) -> None:
-        """Streams of a server that is not routed to any more go on, unless its host is gone: then they would hang."""
-        tier, good = watched.config, watched.memory.good
-        place = (tier.nodes[good.host], tier.node_port) if good is not None and watched.router.up else None
-        if place != watched.routed_to:
-            if watched.routed_to is not None:
-                self._forget_parting(watched)
-                watched.parting = Probe(self.selector, *watched.routed_to, "/health", CONNECT_TIMEOUT)
-                watched.parted = watched.routed_to[0]
-            watched.routed_to = place
         probe = watched.parting
-        if probe is None or not probe.advance():
+        if probe is None or not (probe.advance() or probe.connected):
             return
         self._forget_parting(watched)
         if not probe.connected and probe.failure != "refused":
@@ -648,7 +657,7 @@ class Updater:
         memory = watched.memory
         if watched.probe is None and now >= watched.probe_at:
             watched.probe_at = now + self.config.poll_seconds
-            watched.probe = Probe(self.selector, address, watched.config.node_port, "/health", HEALTH_TIMEOUT)
+            watched.probe = self._health_probe(watched, address)
         if watched.probe is None or not watched.probe.advance():
             return
         probe, watched.probe = watched.probe, None
@@ -661,9 +670,13 @@ class Updater:
         if probe.failure == "refused" or memory.health_failures >= HEALTH_FAILURES:
             memory.healthy = False
 
+    def _health_probe(self, watched: Watched, address: str) -> Probe:
+        port = watched.config.node_port
+        return Probe(self.selector, address, port, "/health", timeout=HEALTH_TIMEOUT, connect_timeout=CONNECT_TIMEOUT)
+
     @staticmethod
     def _forget_health(watched: Watched) -> None:
-        watched.memory.healthy, watched.memory.health_failures = False, 0
+        watched.memory.healthy, watched.memory.health_failures, watched.memory.reached = False, 0, True
         watched.probe_at = 0.0
         if watched.probe is not None:
             watched.probe.close()

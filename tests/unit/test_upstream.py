@@ -427,14 +427,10 @@ def test_one_late_health_answer_is_forgiven_two_are_not(site: Site, monkeypatch:
     site.until(lambda: not site.up, 3.0)
 
 
-def test_streams_of_a_host_that_is_gone_are_ended(
-    site: Site, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(upstream, "HEALTH_TIMEOUT", 0.3)
-    monkeypatch.setattr(upstream, "CONNECT_TIMEOUT", 0.5)
-    routed(site)
+@contextlib.contextmanager
+def gone(site: Site) -> Iterator[None]:
+    """A queue of connections that is full answers none of the packets of the next one, as a host does that is gone."""
     assert site.server is not None
-    # A queue of connections that is full answers none of the packets of the next one, as a host does that is gone.
     site.server.shutdown()
     site.server.socket.listen(0)
     with contextlib.ExitStack() as stack:
@@ -442,10 +438,48 @@ def test_streams_of_a_host_that_is_gone_are_ended(
             one = stack.enter_context(socket.socket())
             one.setblocking(False)
             one.connect_ex(("127.0.0.1", site.place.port))
+        yield
+
+
+def test_streams_of_a_host_that_is_gone_are_ended(
+    site: Site, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(upstream, "HEALTH_TIMEOUT", 0.3)
+    monkeypatch.setattr(upstream, "CONNECT_TIMEOUT", 0.5)
+    routed(site)
+    with gone(site):
         site.until(lambda: site.severed)
         site.turn_for(1.0)
     assert site.severed == [("127.0.0.1", site.place.port)]
     assert "127.0.0.1 does not answer: connections to it are closed" in capfd.readouterr().err
+
+
+def test_the_probe_under_way_is_the_last_look(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(upstream, "CONNECT_TIMEOUT", 4.0)
+    routed(site)
+    watched = site.updater.watched[0]
+    with gone(site):
+        probe = watched.probe
+        site.until(lambda: watched.probe is not None and watched.probe is not probe)
+        probe = watched.probe
+        site.queue("")
+        site.until(lambda: not site.up)
+        assert watched.parting is probe
+        site.until(lambda: site.severed)
+    assert probe is not None
+    assert probe.failure == "timeout"
+
+
+def test_a_host_that_did_not_answer_needs_no_last_look(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(upstream, "CONNECT_TIMEOUT", 1.0)
+    routed(site)
+    memory = site.updater.watched[0].memory
+    with gone(site):
+        site.until(lambda: not memory.reached)
+        assert site.up, "one answer that is late is forgiven"
+        site.queue("")
+        site.until(lambda: not site.up)
+        assert site.severed == [("127.0.0.1", site.place.port)]
 
 
 @pytest.mark.parametrize("how", ["withdrawn", "refused", "hung"])
