@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gleaner import files, heartbeat, life, record, slurm
+from gleaner import files, heartbeat, life, line, record, slurm
 from gleaner.journal import say
 from gleaner.states import Cause, Exit
 
@@ -31,9 +31,10 @@ GREETING_SECONDS = 5.0
 STOP_SECONDS = 1.0
 LEAVE_SECONDS = 3.0
 WITHDRAW_SECONDS = 1.0
-# The gateway learns of a withdrawal within this time. Until then it may hand over one more request, also on a
-# connection that a stopping server still holds: no idleness is believed before.
-ROUTED_SECONDS = 0.8
+# A gateway without a line to us learns of a withdrawal within this time, from the record or from Slurm. Until then it
+# may hand over one more request, also on a connection that a stopping server still holds, and no idleness is believed.
+ROUTED_SECONDS = 1.2
+GATEWAYS_LIMIT = 4
 ASK_SECONDS = 3.0
 REQUEUE_SECONDS = 5.0
 # A server that was ready, is stopped by a signal or does not answer /health for this long, is restarted.
@@ -198,8 +199,8 @@ class Supervisor:
         if plan.worker is not None:
             networks = {"RPC": plan.rpc_address_of, **networks}
         self.networks = list(networks)
-        here = where.node if where.node in plan.address_of else self.home
-        self.listeners = [heartbeat.listen(addresses[here]) for addresses in networks.values()]
+        self.here = where.node if where.node in plan.address_of else self.home
+        self.listeners = [heartbeat.listen(addresses[self.here]) for addresses in networks.values()]
         for listener in self.listeners:
             self.selector.register(listener, selectors.EVENT_READ)
         self.token = secrets.token_hex(32)
@@ -207,6 +208,10 @@ class Supervisor:
         self.agents: dict[str, heartbeat.Channel] = {}
         # The lines that carry beats alone, by node and network.
         self.pulses: dict[tuple[str, int], heartbeat.Channel] = {}
+        self.gateways: list[heartbeat.Channel] = []
+        self.key = server_key()
+        # What was published is void up to this one.
+        self.retracted = 0
         self.step: subprocess.Popen[bytes] | None = None
         self.phase = Phase.GATHERING
         self.deadline = time.monotonic() + AGENTS_SECONDS
@@ -218,6 +223,8 @@ class Supervisor:
         self.moving_at: dict[str, float] = {}
         self.beat_at = 0.0
         self.idle = False
+        # Counts the orders to look: only what was seen after the last one tells.
+        self.watch = 0
         self.routed_until = 0.0
         self.cause: Cause | None = None
         self.exit = Exit.STOPPED
@@ -238,6 +245,7 @@ class Supervisor:
                     self._accept(key.fileobj)
             self._hear_strangers()
             self._hear_agents()
+            self._hear_gateways()
             self._tick()
         self._leave()
         return self.exit
@@ -356,6 +364,9 @@ class Supervisor:
                     if channel.silent_seconds <= GREETING_SECONDS:
                         continue
                     raise ValueError("no greeting in time")
+                if line.is_greeting(messages[0]):
+                    self._take_gateway(channel, messages[0])
+                    continue
                 node, network = heartbeat.greeted_by(messages[0], self.token)
                 if (node, network) not in self._awaited():
                     raise ValueError(f"greeting from {node!r}, which is not awaited")
@@ -396,6 +407,35 @@ class Supervisor:
                 channel.mind_silence()
             except (ValueError, heartbeat.ChannelClosed) as error:
                 self._lost(node, f"{error} on the {self.networks[0]} network")
+
+    def _take_gateway(self, channel: heartbeat.Channel, greeting: heartbeat.Message) -> None:
+        line.check_greeting(greeting, self.key, (self.where.job, self.where.restart))
+        if len(self.gateways) >= GATEWAYS_LIMIT:
+            raise ValueError(f"more than {GATEWAYS_LIMIT} gateways")
+        self.strangers.remove(channel)
+        self.gateways.append(channel)
+        say("the gateway has a line to us")
+        if self.retracted:
+            self._tell_gateway(channel)
+
+    def _tell_gateway(self, channel: heartbeat.Channel) -> None:
+        with contextlib.suppress(heartbeat.ChannelClosed):
+            channel.send(line.withdrawn(self.retracted))
+
+    def _hear_gateways(self) -> None:
+        for channel in list(self.gateways):
+            try:
+                channel.flush()
+                answers = [message.get("away") for message in channel.receive()]
+            except (ValueError, heartbeat.ChannelClosed):
+                self.gateways.remove(channel)
+                self._drop(channel)
+                continue
+            if self.retracted and self.retracted in answers and self.phase is Phase.DRAINING:
+                say("drain: the gateway hands nothing over any more")
+                # Whether it is idle is asked anew: what came until now counts.
+                self.routed_until = 0.0
+                self._watch_busy()
 
     def _lost(self, node: str, why: str) -> None:
         channel = self.agents.pop(node, None)
@@ -450,7 +490,7 @@ class Supervisor:
                 self._ready()
         elif beat["health"] == "loading" and self.phase is Phase.SERVING:
             self.good_at = now
-        self.idle = beat["busy"] is False
+        self.idle = beat["busy"] is False and beat["watch"] == self.watch
 
     # The life of what the agents start
 
@@ -529,6 +569,8 @@ class Supervisor:
                 models=self.plan.models[: record.MODELS_LIMIT],
                 started=int(time.time()),
                 seq=0,
+                supervisor=self.here if self.key else "",
+                line=self.listeners[-1].getsockname()[1] if self.key else 0,
             )
         )
 
@@ -562,6 +604,10 @@ class Supervisor:
         self.phase, self.deadline = Phase.PAUSING, now + pause
 
     def _withdraw(self) -> None:
+        self.retracted = self.publisher.retract()
+        if self.retracted:
+            for channel in self.gateways:
+                self._tell_gateway(channel)
         if not self.publisher.withdraw(WITHDRAW_SECONDS):
             say(f"record: not removed within {WITHDRAW_SECONDS:g} s, still trying")
 
@@ -589,7 +635,11 @@ class Supervisor:
             self._stop()
         elif self.phase is Phase.SERVING:
             self.phase, self.deadline = Phase.DRAINING, asked_at + self.plan.drain_seconds
-            self._tell(self.home, {"watch_busy": 1})
+            self._watch_busy()
+
+    def _watch_busy(self) -> None:
+        self.watch, self.idle = self.watch + 1, False
+        self._tell(self.home, {"watch_busy": self.watch})
 
     def _ask_why(self) -> Cause:
         try:
@@ -622,7 +672,7 @@ class Supervisor:
         self._stop()
 
     def _leave(self) -> None:
-        for channel in [*self.agents.values(), *self.pulses.values(), *self.strangers]:
+        for channel in [*self.agents.values(), *self.pulses.values(), *self.strangers, *self.gateways]:
             self._drop(channel)
         for listener in self.listeners:
             listener.close()
@@ -645,6 +695,15 @@ class Supervisor:
             say(f"cannot requeue job {self.where.job}, the keeper will submit anew: {error}")
             return
         say(f"requeued job {self.where.job}")
+
+
+def server_key() -> str:
+    """What the gateway shows that it has; empty when this node has none: then there is no line to it."""
+    try:
+        return files.read_key(Path(os.environ.get("GLEANER_SERVER_KEY_FILE") or files.SERVER_KEY))
+    except ValueError as error:
+        say(f"the gateway will hear of a withdrawal later: {error}")
+        return ""
 
 
 def name_build(engine: Path, logs: Path) -> None:

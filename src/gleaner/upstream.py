@@ -22,6 +22,7 @@ from typing import Protocol
 
 from gleaner import files, heartbeat, record, slurm
 from gleaner.journal import OnChange, notify, say
+from gleaner.line import Line
 from gleaner.probe import Probe
 from gleaner.record import Reading, Record, Unreadable, Withdrawn
 from gleaner.states import Exit
@@ -35,6 +36,7 @@ TICK_SECONDS = 0.2
 # A first packet that is lost is sent again after a second.
 CONNECT_TIMEOUT = 2.0
 SEVER_SECONDS = 5.0
+LINE_SECONDS = 10.0
 FIRST_SIGHT = "record was not seen to change yet"
 
 
@@ -44,6 +46,8 @@ class TierConfig:
     job_name: str
     node_port: int
     nodes: dict[str, str]
+    supervisors: dict[str, str]
+    """Where its supervisor may be: a layer-split tier's is not always with the head."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +77,7 @@ class Config:
                         job_name=str(tier["job_name"]),
                         node_port=int(tier["node_port"]),
                         nodes={str(node): str(address) for node, address in tier["nodes"].items()},
+                        supervisors={str(node): str(address) for node, address in tier["supervisors"].items()},
                     )
                     for tier in value["tiers"]
                 ),
@@ -111,6 +116,11 @@ class Memory:
     healthy: bool = False
     reached: bool = True
     """The host took the last connection, or refused it."""
+    void: tuple[tuple[int, int], int] | None = None
+    """The run whose supervisor has withdrawn it, and the last `seq` that is void."""
+
+    def is_void(self, record: Record) -> bool:
+        return self.void is not None and record.run == self.void[0] and record.seq <= self.void[1]
 
 
 @dataclass(frozen=True)
@@ -146,7 +156,9 @@ def decide(
     """
     if isinstance(reading, Withdrawn):
         return Verdict(None, "no record")
-    good = memory.good
+    if isinstance(reading, Record) and memory.is_void(reading):
+        return Verdict(None, "its supervisor has withdrawn it")
+    good = None if memory.good is not None and memory.is_void(memory.good) else memory.good
     doubt = reading.why if isinstance(reading, Unreadable) else _doubt(tier, reading)
     fresh = False
     if isinstance(reading, Record) and not doubt:
@@ -488,6 +500,9 @@ class Watched:
     parting: Probe | None = None
     """A last look at the server that was routed to before, at `parted`."""
     parted: str = ""
+    line: Line | None = None
+    """To the supervisor of what was routed to last."""
+    line_at: float = 0.0
 
 
 def sever(address: str, port: int) -> str:
@@ -516,6 +531,7 @@ class Updater:
         self.reader = RegistryReader(config.registry, [tier.tier for tier in config.tiers], config.poll_seconds)
         self.watched = [Watched(tier, Router(config, tier, nginx)) for tier in config.tiers]
         self.changes = OnChange()
+        self.key_file = Path(os.environ.get("GLEANER_SERVER_KEY_FILE") or files.SERVER_KEY)
         for watched in self.watched:
             watched.router.prepare()
         self._forget_strangers()
@@ -534,6 +550,8 @@ class Updater:
         for watched in self.watched:
             self._forget_health(watched)
             self._forget_parting(watched)
+            if watched.line is not None:
+                watched.line.close()
         self.selector.close()
 
     def turn(self) -> None:
@@ -544,8 +562,10 @@ class Updater:
             return
         now = time.monotonic()
         for watched in self.watched:
+            self._hear(watched)
             self._look(watched, readings[watched.config.tier], now)
             self._part(watched)
+            self._hold_line(watched, now)
 
     def _ask_slurm(self) -> None:
         now = time.monotonic()
@@ -568,6 +588,43 @@ class Updater:
     def _no_answer(self, why: str) -> None:
         self.jobs, self.asked = None, True
         self.changes.say("slurm", why)
+
+    @staticmethod
+    def _hear(watched: Watched) -> None:
+        """What the supervisor says of its record: it knows before the file system or Slurm tells."""
+        if watched.line is None:
+            return
+        watched.line.advance()
+        if watched.line.withdrawn is not None:
+            watched.memory.void = watched.line.run, watched.line.withdrawn
+
+    def _hold_line(self, watched: Watched, now: float) -> None:
+        """Have a line to the supervisor of what is routed; answer it when nothing is routed to it any more."""
+        line, good, routed = watched.line, watched.memory.good, watched.router.up
+        if line is not None and not (routed and good is not None and good.run == line.run):
+            line.answer()
+        if not routed or good is None or not good.line or good.supervisor not in watched.config.supervisors:
+            return
+        if line is not None and line.run == good.run:
+            if not line.done:
+                self.changes.clear(f"{watched.config.tier}/line")
+                return
+            self._no_line(watched, line.failure)
+        if now < watched.line_at:
+            return
+        if line is not None:
+            line.close()
+        watched.line_at = now + LINE_SECONDS
+        try:
+            key = files.read_key(self.key_file)
+        except ValueError as error:
+            self._no_line(watched, str(error))
+            return
+        watched.line = Line(self.selector, good.run, watched.config.supervisors[good.supervisor], good.line, key)
+
+    def _no_line(self, watched: Watched, why: str) -> None:
+        tier = watched.config.tier
+        self.changes.say(f"{tier}/line", f"{tier}: no line to its supervisor, its withdrawal may be seen later: {why}")
 
     def _look(self, watched: Watched, reading: Reading, now: float) -> None:
         tier, memory, router = watched.config, watched.memory, watched.router

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import selectors
 import shutil
 import signal
 import socket
@@ -17,9 +18,9 @@ from typing import Any
 
 import pytest
 
-from gleaner import life, record, supervisor
+from gleaner import life, line, record, supervisor
 from gleaner.states import Cause, Exit
-from tests.unit.fakes import Home, alive, home, job_text, wait_for
+from tests.unit.fakes import SERVER_KEY, Home, alive, home, job_text, wait_for
 
 TIER = "fast"
 SOURCE = Path(supervisor.__file__).parent.parent
@@ -225,6 +226,75 @@ def test_a_request_that_the_gateway_hands_over_after_the_withdrawal_is_drained_t
     assert "drain: nothing in flight" in place.log("supervise")
 
 
+@contextlib.contextmanager
+def gateway(place: Home, key: str = SERVER_KEY) -> Iterator[line.Line]:
+    """The gateway's end of the line to the supervisor of what is served."""
+    found = wait_for(lambda: served(place))
+    assert found.supervisor == "vasp-02"
+    with selectors.DefaultSelector() as selector:
+        end = line.Line(selector, found.run, "127.0.0.1", found.line, key)
+        with contextlib.closing(end):
+            yield end
+
+
+def hear(end: line.Line) -> line.Line:
+    end.advance()
+    return end
+
+
+def test_a_gateway_with_a_line_hears_of_the_withdrawal_and_is_waited_for(place: Home) -> None:
+    child = supervise(place)
+    with gateway(place) as end:
+        wait_for(lambda: hear(end) and "the gateway has a line to us" in place.log("supervise"))
+        seq = served(place)
+        place.set(place.slurm / "job", job_text(preempted="2026-11-24T01:10:00"))
+        child.send_signal(signal.SIGTERM)
+        wait_for(lambda: hear(end).withdrawn is not None)
+        assert seq is not None
+        assert end.withdrawn is not None
+        assert end.withdrawn >= seq.seq
+        # What came until the gateway knew is drained.
+        place.set(place.server / "busy")
+        end.answer()
+        wait_for(lambda: "drain: the gateway hands nothing over any more" in place.log("supervise"))
+        time.sleep(1.5)
+        assert alive(place.started[0]["pid"])
+        (place.server / "busy").unlink()
+        assert child.wait(10) == Exit.STOPPED
+    assert "drain: nothing in flight" in place.log("supervise")
+    assert nothing_left(place)
+
+
+def test_an_idle_tier_leaves_when_the_gateway_has_answered(place: Home) -> None:
+    child = supervise(place)
+    with gateway(place) as end:
+        wait_for(lambda: hear(end) and "the gateway has a line to us" in place.log("supervise"))
+        place.set(place.slurm / "job", job_text(preempted="2026-11-24T01:10:00"))
+        child.send_signal(signal.SIGTERM)
+        wait_for(lambda: hear(end).withdrawn is not None)
+        end.answer()
+        assert child.wait(10) == Exit.STOPPED
+        wait_for(lambda: hear(end).done)
+    answered, idle = (
+        next(text for text in place.log("supervise").splitlines() if words in text)
+        for words in ("hands nothing over", "nothing in flight")
+    )
+    assert answered < idle
+
+
+def test_a_line_is_for_the_gateway_alone(place: Home) -> None:
+    supervise(place)
+    with gateway(place, key="f" * 64) as end:
+        wait_for(lambda: hear(end).done)
+    assert "connection refused: wrong token of a gateway" in place.log("supervise")
+
+
+def test_without_a_key_there_is_no_line(place: Home) -> None:
+    (place.root / "server.key").unlink()
+    supervise(place)
+    wait_for(lambda: "the gateway will hear of a withdrawal later" in place.log("supervise"))
+
+
 def test_drain_ends_with_its_budget(place: Home) -> None:
     child = supervise(place, drain_seconds=1)
     wait_for(lambda: served(place))
@@ -396,9 +466,9 @@ def test_stranger_on_the_heartbeat_port_changes_nothing(place: Home) -> None:
     child = supervise(place)
     wait_for(lambda: served(place))
     port = heartbeat_port(child.pid)
-    for line in (b'{"hello":1,"token":"guess","node":"vasp-02"}\n', b"\xff" * 5000, b"[]\n"):
+    for text in (b'{"hello":1,"token":"guess","node":"vasp-02"}\n', b"\xff" * 5000, b"[]\n"):
         with socket.create_connection(("127.0.0.1", port), 2) as stranger:
-            stranger.sendall(line)
+            stranger.sendall(text)
             stranger.settimeout(5)
             with contextlib.suppress(ConnectionResetError):
                 assert stranger.recv(100) == b""
@@ -456,8 +526,8 @@ def agents_of(place: Home) -> list[int]:
 def heartbeat_port(pid: int) -> int:
     """The port on which this process listens, from /proc."""
     inodes = {os.readlink(entry.path) for entry in os.scandir(f"/proc/{pid}/fd")}
-    for line in Path("/proc/net/tcp").read_text().splitlines()[1:]:
-        cells = line.split()
+    for entry in Path("/proc/net/tcp").read_text().splitlines()[1:]:
+        cells = entry.split()
         if cells[3] == "0A" and f"socket:[{cells[9]}]" in inodes:
             return int(cells[1].partition(":")[2], 16)
     raise AssertionError("no listening port")
