@@ -16,9 +16,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Optional
 
-from gleaner import claims, digest, files, heartbeat, life, slurm
+from gleaner import claims, digest, files, heartbeat, life, slurm, wishes
 from gleaner.journal import OnChange, notify, say
 from gleaner.states import Exit
+from gleaner.wishes import Wish
 
 # A run of a job, its number and its restart, and the number of its last sign of life.
 Moment = tuple[tuple[int, int], Optional[int]]
@@ -256,11 +257,12 @@ class Keeper:
             return
         if self.changes.clear("slurm"):
             say("Slurm answers again")
-        # The operator's handle writes this file too, so it is read each time.
+        # A person may have put it right.
         self.state = load_state(self.config.state)
         before = json.dumps({name: dataclasses.asdict(state) for name, state in self.state.items()}, sort_keys=True)
         for tier in self.config.tiers:
             self.state.setdefault(tier.tier, TierState())
+        taken = [tier.tier for tier in self.config.tiers if self._take_wish(tier, jobs)]
         self._compete(jobs)
         running = {job.name for job in jobs if job.state == "RUNNING"}
         looked_for = [tier.tier for tier in self.config.tiers if tier.job_name in running]
@@ -280,6 +282,8 @@ class Keeper:
         after = json.dumps({name: dataclasses.asdict(state) for name, state in self.state.items()}, sort_keys=True)
         if after != before:
             save_state(self.config.state, self.state)
+        for name in taken:
+            wishes.path_of(self.config.state, name).unlink(missing_ok=True)
 
     def _keep(self, tier: TierConfig, state: TierState, jobs: list[slurm.Job]) -> None:
         living = [job for job in jobs if job.state != "COMPLETING"]
@@ -289,7 +293,7 @@ class Keeper:
             self._see_off(tier, state, *min(leaving, key=lambda one: one[0].state not in WAITING_STATES))
         elif living:
             self._look_after(tier, state, max(living, key=lambda one: (one.state == "RUNNING", -one.id)))
-        elif state.held:
+        elif state.held and not state.ending:
             self.changes.say(tier.tier, f"{tier.tier}: held ({state.why}), left alone")
         elif jobs:
             self.changes.say(tier.tier, f"{tier.tier}: job {jobs[0].id} is completing")
@@ -305,14 +309,47 @@ class Keeper:
             elif self._waited(tier, state):
                 self._submit(tier, state)
 
+    def _take_wish(self, tier: TierConfig, jobs: list[slurm.Job]) -> bool:
+        """Note down what an administrator wishes of a tier; true when there was a wish, to be taken away then."""
+        state, name = self.state[tier.tier], tier.tier
+        try:
+            said = wishes.read(self.config.state, name)
+        except ValueError as error:
+            say(f"{name}: {error}; it is taken away")
+            return True
+        if said is None:
+            return False
+        words = f"{said.wish.value} by {said.by}"
+        say(f"{name}: {words}")
+        state.held = said.wish is Wish.HELD
+        state.failures = state.claims = 0
+        self.not_before.pop(name, None)
+        living = [job for job in jobs if job.name == tier.job_name and job.state != "COMPLETING"]
+        running = [job for job in living if job.state not in WAITING_STATES]
+        # A restart has nothing to end where nothing runs.
+        going = [*running, *living] if state.held else running if said.wish is Wish.RESTARTED else []
+        if going:
+            state.job, state.ending = going[0].id, True
+        if not state.ending or going:
+            state.why = words if state.held or going else ""
+        for job in living:
+            if not state.held and held_by_person(job):
+                try:
+                    slurm.release(job.id)
+                except slurm.SlurmError as error:
+                    say(f"{name}: job {job.id} cannot be released: {error}")
+        return True
+
     # A living job
 
     def _take(self, tier: TierConfig, state: TierState, job: slurm.Job) -> None:
         """This is the tier's job now."""
         state.digest = digest_of(job, state)
+        # All of its jobs go, not only the first.
+        being_held = state.held and state.ending
         if state.job != job.id:
-            state.job, state.ending = job.id, False
-        if state.held:
+            state.job, state.ending = job.id, being_held
+        if state.held and not being_held:
             # Who held the tier took it back: as the service user, or there would be no job.
             say(f"{tier.tier}: no longer held, job {job.id} was submitted by hand")
             state.held = False
@@ -385,7 +422,7 @@ class Keeper:
         if digest.is_replaced(job.comment) or self._outdated(tier, made_from):
             words = f"job {job.id} is being replaced: its plan is not the current one"
             return Departure(words, digest.replaced(made_from))
-        if state.ending and state.job == job.id:
+        if state.ending and (state.held or state.job == job.id):
             return Departure(state.why, "")
         claim = self.yielding.get(job.id) or (self.outranked.get(tier.tier) if job.state == "PENDING" else None)
         if claim or digest.is_outranked(job.comment):
@@ -544,7 +581,7 @@ class Keeper:
         if fields and self._end_stray(tier.tier, state, fields):
             return
         end = how_it_ended(fields) if fields else End(False, False, False, False, "forgotten by Slurm")
-        if end.cancelled:
+        if end.cancelled and not state.held:
             why = self._why_cancelled(state)
             if why is None:
                 self.changes.say(tier.tier, f"{tier.tier}: {state.why}")
@@ -643,7 +680,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     try:
         config = Config.load(args.config)
-    except ValueError as error:
+        # Beside the state, in the folder that systemd makes for us.
+        wishes.folder_of(config.state).mkdir(exist_ok=True)
+    except (ValueError, OSError) as error:
         say(str(error))
         return Exit.REFUSED
     keeper = Keeper(config)

@@ -402,6 +402,11 @@ def test_flag_of_a_tier_that_left_goes(site: Site) -> None:
     assert sorted(path.name for path in site.flags.iterdir()) == ["fast.loaded", "fast.up"]
 
 
+def heard(channel: heartbeat.Channel, so_far: list[heartbeat.Message]) -> list[heartbeat.Message]:
+    so_far += channel.receive()
+    return so_far
+
+
 @contextlib.contextmanager
 def supervised(site: Site) -> Iterator[tuple[heartbeat.Channel, int]]:
     """A supervisor's end of the line to a gateway that routes its tier, and the `seq` up to which it will withdraw."""
@@ -419,7 +424,7 @@ def supervised(site: Site) -> Iterator[tuple[heartbeat.Channel, int]]:
         channel = heartbeat.Channel(connection)
         with contextlib.closing(channel):
             got: list[heartbeat.Message] = []
-            site.until(lambda: got.extend(channel.receive()) or got)
+            site.until(lambda: heard(channel, got))
             line.check_greeting(got[0], SERVER_KEY, (41, 0))
             yield channel, 1 << 40
 
@@ -428,7 +433,7 @@ def test_a_withdrawal_over_the_line_counts_at_once_and_is_answered(site: Site) -
     with supervised(site) as (channel, seq):
         channel.send(line.withdrawn(seq))
         got: list[heartbeat.Message] = []
-        site.until(lambda: got.extend(channel.receive()) or got)
+        site.until(lambda: heard(channel, got))
         assert got == [line.away(seq)]
         assert not site.up
         assert isinstance(record.read(site.place.registry, "fast"), Record), "the file system still shows the record"
