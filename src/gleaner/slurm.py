@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -87,15 +88,15 @@ def environment() -> dict[str, str]:
     return {**kept, "LC_ALL": "C"}
 
 
-def run(argv: list[str], timeout_seconds: float = 10.0) -> str:
-    """A command's stdout; SlurmError with its stderr otherwise."""
+def run(argv: list[str], timeout_seconds: float = 10.0, **variables: str) -> str:
+    """A command's stdout; SlurmError with its stderr otherwise. `variables` are added to its environment."""
     try:
         done = subprocess.run(
             argv,
             stdin=subprocess.DEVNULL,
             capture_output=True,
             timeout=timeout_seconds,
-            env=environment(),
+            env={**environment(), **variables},
             check=False,
         )
     except subprocess.TimeoutExpired:
@@ -258,6 +259,71 @@ def canceller(job_id: int) -> int | None:
     text = run(["sacct", "-X", "-n", "-P", "-j", str(job_id), "-o", "State"])
     match = re.search(r"CANCELLED by (\d+)", text)
     return int(match.group(1)) if match else None
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of a job, from accounting: a job that was requeued has several. Times are unix seconds."""
+
+    job: int
+    name: str
+    user: str
+    state: str
+    submitted: int
+    started: int
+    ended: int | None
+    """None while it runs."""
+    nodes: tuple[str, ...]
+    gpus: int
+
+
+def runs(nodes: Sequence[str], since: float, until: float, timeout_seconds: float = 120.0) -> list[Run]:
+    """Everybody's runs on these nodes that were there at some time from `since` to `until`, by their start."""
+    text = run(
+        [
+            *("sacct", "--allusers", "--allocations", "--duplicates", "--noheader", "--parsable2"),
+            f"--nodelist={','.join(nodes)}",
+            f"--starttime={_local(since)}",
+            f"--endtime={_local(until)}",
+            # The name is the last one, since it may hold the separator.
+            "--format=JobIDRaw,User,State,Submit,Start,End,NodeList,AllocTRES,JobName",
+        ],
+        timeout_seconds,
+        SLURM_TIME_FORMAT="%s",
+    )
+    return parse_runs(text)
+
+
+def _local(at: float) -> str:
+    """A time as Slurm's commands take it."""
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(at))
+
+
+def parse_runs(text: str) -> list[Run]:
+    """Lines of sacct; runs that never started are left out."""
+    found = []
+    for row in text.splitlines():
+        cells = row.split("|", 8)
+        if len(cells) != 9 or not cells[0].isdigit():
+            raise SlurmError(f"sacct: cannot read the line {row[:80]!r}")
+        submitted, started, ended = (int(cell) if cell.isdigit() else None for cell in cells[3:6])
+        if started is None:
+            continue
+        gpus = re.search(r"(?:^|,)gres/gpu=(\d+)", cells[7])
+        found.append(
+            Run(
+                job=int(cells[0]),
+                name=cells[8],
+                user=cells[1],
+                state=cells[2],
+                submitted=started if submitted is None else submitted,
+                started=started,
+                ended=ended,
+                nodes=tuple(hosts(cells[6])),
+                gpus=int(gpus.group(1)) if gpus else 0,
+            )
+        )
+    return sorted(found, key=lambda one: (one.started, one.job))
 
 
 def submit(script: str) -> int:

@@ -20,7 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gleaner import files, heartbeat, life, line, record, slurm
+from gleaner import events, files, heartbeat, life, line, record, slurm
+from gleaner.events import Kind
 from gleaner.journal import say
 from gleaner.states import Cause, Exit
 
@@ -78,6 +79,7 @@ class Plan:
     environment: dict[str, str]
     models: tuple[str, ...]
     cpus: int
+    gpus: int
     signal_seconds: int
     drain_seconds: float
     load_timeout_seconds: float
@@ -126,6 +128,7 @@ class Plan:
             environment={name: str(text) for name, text in server["environment"].items()},
             models=tuple(str(name) for name in value["models"]),
             cpus=int(value["slurm"]["cpus_per_node"]),
+            gpus=int(value["slurm"]["gpus_per_node"]),
             signal_seconds=int(value["slurm"]["signal_seconds"]),
             drain_seconds=float(value["drain_seconds"]),
             load_timeout_seconds=float(value["load_timeout_seconds"]),
@@ -189,6 +192,7 @@ class Supervisor:
         # Where llama-server runs: the plan's head, or the one node of a router tier.
         self.home = plan.head or where.nodes[0]
         self.publisher = record.Publisher(registry)
+        self.events = events.Log(registry, plan.tier, (where.job, where.restart))
         self.pulse = life.Pulse(registry, plan.tier, (where.job, where.restart))
         self.selector = selectors.DefaultSelector()
         self.signals = heartbeat.Signals(signal.SIGTERM, signal.SIGINT, signal.SIGCHLD)
@@ -234,6 +238,8 @@ class Supervisor:
     def run(self) -> Exit:
         """Live the job's life; the exit code says how it ended."""
         self.pulse.start()
+        gpus = self.plan.gpus * len(self.where.nodes)
+        self.events.add(Kind.STARTED, nodes=list(self.where.nodes), gpus=gpus)
         self._start_step()
         while self.phase is not Phase.LEAVING:
             self.pulse.turn()
@@ -275,9 +281,11 @@ class Supervisor:
             self._fail(Exit.SERVER_FAILED, f"process on {stuck} is not gone {UNKILLABLE_SECONDS:g} s after KILL")
         elif self.phase is Phase.DRAINING and self.idle and now >= self.routed_until:
             say("drain: nothing in flight")
+            self.events.add(Kind.DRAINED, whole=True)
             self._stop()
         elif self.phase is Phase.DRAINING and now >= self.deadline:
             say(f"drain: {self.plan.drain_seconds:g} s are over, ending what is in flight")
+            self.events.add(Kind.DRAINED, whole=False)
             # llama-server with a stream in flight does not end on TERM.
             self._stop(0.0)
         elif self.phase is Phase.STOPPING and now >= self.deadline:
@@ -559,6 +567,7 @@ class Supervisor:
         self.phase = Phase.SERVING
         self._tell_all({"loaded": self.start})
         say(f"serving on {self.home}:{self.plan.port}")
+        self.events.add(Kind.SERVING)
         self.publisher.publish(
             record.Record(
                 tier=self.plan.tier,
@@ -584,7 +593,7 @@ class Supervisor:
 
     def _take_down(self, why: str) -> None:
         """Half a tier is never served: withdraw, kill what is left of it on every node, and start it anew later."""
-        self._withdraw()
+        self._withdraw(why)
         self._pause(why)
         if self.phase is Phase.PAUSING:
             self._tell_all({"stop": 0})
@@ -603,7 +612,9 @@ class Supervisor:
         say(f"{why}; starting it again in {pause:g} s")
         self.phase, self.deadline = Phase.PAUSING, now + pause
 
-    def _withdraw(self) -> None:
+    def _withdraw(self, why: str) -> None:
+        if self.phase is Phase.SERVING:
+            self.events.add(Kind.WITHDRAWN, why=why[: events.WORDS_LIMIT])
         self.retracted = self.publisher.retract()
         if self.retracted:
             for channel in self.gateways:
@@ -617,14 +628,16 @@ class Supervisor:
         """TERM: withdraw first, then ask Slurm why, then do what the cause asks for."""
         if self.phase is Phase.LEAVING or self.cause is Cause.FAILED:
             return
-        asked_at = time.monotonic()
-        self._withdraw()
+        asked_at, asked = time.monotonic(), time.time()
+        self._withdraw(how)
         if self.phase is Phase.SERVING:
             self.routed_until = time.monotonic() + ROUTED_SECONDS
         # Slurm may take ASK_SECONDS, and signals of agents make us ask again before the next tick.
         self._beat_all()
         cause = self._ask_why()
         first, self.cause = self.cause is None, self._stronger(cause)
+        if first or self.cause is cause:
+            self.events.add(Kind.SIGNALLED, at=asked, cause=self.cause.value)
         if first:
             say(f"told to stop ({how}): {self.cause.value}")
         elif self.cause is cause:
@@ -666,7 +679,7 @@ class Supervisor:
         if self.phase in (Phase.STOPPING, Phase.LEAVING):
             return
         say(f"failed: {why}")
-        self._withdraw()
+        self._withdraw(why)
         if self.cause is None:
             self.cause, self.exit = Cause.FAILED, code
         self._stop()
@@ -684,6 +697,8 @@ class Supervisor:
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(self.step.pid, signal.SIGKILL)
         # Slurm ends us when we requeue the job.
+        self.events.add(Kind.LEFT, exit=int(self.exit))
+        self.events.close(WITHDRAW_SECONDS)
         self.pulse.stop(WITHDRAW_SECONDS)
         if self.cause is not None and self.cause.requeues and self._ask_why().requeues:
             self._requeue()

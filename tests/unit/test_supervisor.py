@@ -18,7 +18,8 @@ from typing import Any
 
 import pytest
 
-from gleaner import life, line, record, supervisor
+from gleaner import events, life, line, record, supervisor
+from gleaner.events import Kind
 from gleaner.states import Cause, Exit
 from tests.unit.fakes import SERVER_KEY, Home, alive, home, job_text, wait_for
 
@@ -39,7 +40,7 @@ def plan(place: Home, **more: Any) -> Path:
         "tier": TIER,
         "kind": "router",
         "job_name": "llama-14b",
-        "slurm": {"cpus_per_node": 2, "signal_seconds": 25},
+        "slurm": {"cpus_per_node": 2, "gpus_per_node": 1, "signal_seconds": 25},
         "engine": {"prefix": str(place.engine.parent)},
         "nodes": {"vasp-02": {"address": "127.0.0.1", "rpc_address": "127.0.0.1", "numa_node": None}},
         "server": {"node_port": place.port, "args": ["--models-max", "2"], "environment": {"EXTRA": "yes"}},
@@ -193,6 +194,52 @@ def test_preempted_idle_yields_at_once(place: Home) -> None:
     assert time.monotonic() - began < 2.0
     assert place.calls_of("scontrol requeue") == ["scontrol requeue 41"]
     assert nothing_left(place)
+
+
+def told(place: Home) -> list[events.Event]:
+    problems: list[str] = []
+    found = events.read(place.events, 0, problems)
+    assert not problems
+    return found
+
+
+def test_the_event_log_has_the_whole_of_a_run(place: Home) -> None:
+    child = supervise(place)
+    wait_for(lambda: served(place))
+    place.set(place.slurm / "job", job_text(preempted="2026-11-24T01:10:00"))
+    signalled = time.time()
+    child.send_signal(signal.SIGTERM)
+    assert child.wait(10) == Exit.STOPPED
+    found = told(place)
+    assert [event.kind for event in found] == list(Kind)
+    assert {event.run for event in found} == {(41, 1)}
+    assert found[0].more == {"nodes": ["vasp-02"], "gpus": 1}
+    by_kind = {event.kind: event for event in found}
+    assert by_kind[Kind.SIGNALLED].more == {"cause": "preempted"}
+    assert 0 <= by_kind[Kind.SIGNALLED].at - signalled < 1
+    assert by_kind[Kind.DRAINED].more == {"whole": True}
+    assert by_kind[Kind.LEFT].more == {"exit": 0}
+
+
+def test_a_server_that_dies_is_in_the_event_log(place: Home) -> None:
+    supervise(place)
+    wait_for(lambda: served(place))
+    os.kill(place.started[0]["pid"], signal.SIGKILL)
+    wait_for(lambda: [event.kind for event in told(place)].count(Kind.SERVING) == 2)
+    (withdrawn,) = (event for event in told(place) if event.kind is Kind.WITHDRAWN)
+    assert withdrawn.more["why"].startswith("server on vasp-02 ended with")
+
+
+def test_events_that_cannot_be_written_are_in_the_supervisors_log(place: Home) -> None:
+    shutil.rmtree(place.events)
+    child = supervise(place)
+    wait_for(lambda: served(place))
+    child.send_signal(signal.SIGTERM)
+    assert child.wait(10) == Exit.STOPPED
+    log = place.log("supervise")
+    lost = [text.partition("event not written: ")[2] for text in log.splitlines() if "event not written" in text]
+    assert [events.parse(text.encode()).kind for text in lost] == list(Kind)
+    assert "events: cannot be written to" in log
 
 
 def test_preempted_busy_drains_first(place: Home) -> None:
