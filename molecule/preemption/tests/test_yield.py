@@ -1,0 +1,106 @@
+"""A paying job gets its nodes at once, whatever the tier is doing; clients are told, and the tier is back by itself."""
+
+from __future__ import annotations
+
+import pytest
+
+from benchmarks import preemption
+from benchmarks.preemption import CASES, FAST, LONG, REASONING, SHORT, WIDE
+from gleaner.events import Kind
+from tests.lab import cluster, preempt
+from tests.lab.cluster import CONTROLLER, SERVICE_USER, TIER_NODE, run
+
+TOKENS = preemption.TOKENS[LONG]
+
+
+@pytest.fixture(autouse=True)
+def _served() -> None:
+    preempt.wait_served()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _folder() -> None:
+    preemption.prepare(preempt.controller())
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_clients_are_served_or_told_and_the_tier_is_back(case: str) -> None:
+    tiers = (FAST, REASONING) if case == WIDE else (FAST,)
+    before = {tier: preempt.tier_job(tier) for tier in tiers}
+    played = preemption.play(preempt.controller(), case, 0.0)
+    assert played.wrong == ()
+    if case == SHORT:
+        assert played.stream is not None
+        assert played.stream.done, played.stream
+    elif case == LONG:
+        assert played.stream is not None
+        assert not played.stream.done, "what was cut must not look whole"
+        assert played.stream.pieces > 3
+    for tier, job in before.items():
+        after = preempt.tier_job(tier)
+        assert (after.id, after.restarts) == (job.id, job.restarts + 1)
+        assert "FAILED" not in preempt.states(job.id)
+        drained = [
+            one for one in preempt.told(tier, job.id) if one.restart == job.restarts and one.kind is Kind.DRAINED
+        ]
+        assert [one.more["whole"] for one in drained] == [case != LONG]
+
+
+def test_while_a_model_loads() -> None:
+    job = preempt.tier_job(REASONING)
+    with preempt.paying(REASONING) as first:
+        preempt.wait_runs(first)
+    cluster.wait_until("it loads", lambda: cluster.status(REASONING)["state"] == "loading", 60, 0.05)
+    with preempt.paying(REASONING) as second:
+        preempt.wait_runs(second)
+        last = [one for one in preempt.told(REASONING, job.id) if one.restart == job.restarts + 1]
+        assert [one.kind for one in last] == [Kind.STARTED, Kind.SIGNALLED, Kind.LEFT]
+
+
+def test_a_second_signal_cuts_no_stream() -> None:
+    job = preempt.tier_job(FAST)
+    stream = preemption.begin_stream(preempt.controller().address, TOKENS)
+    with preempt.paying(FAST) as paying:
+        cluster.wait_until("it drains", lambda: "told to stop (signal): preempted" in preempt.log(job.id), 10, 0.05)
+        pieces = stream.pieces
+        run(CONTROLLER, f"runuser -u {SERVICE_USER} -- scancel --batch --signal=TERM {job.id}")
+        cluster.wait_until("it was told again", lambda: "told to stop again" in preempt.log(job.id), 5, 0.05)
+        assert not stream.ended
+        cluster.wait_until("the stream goes on", lambda: stream.pieces > pieces + 3, 3, 0.05)
+        preempt.wait_runs(paying)
+    assert not stream.done
+
+
+def test_a_server_that_does_not_hear_the_signal() -> None:
+    job = preempt.tier_job(FAST)
+    stream = preemption.begin_stream(preempt.controller().address, TOKENS)
+    with preempt.paying(FAST) as paying:
+        cluster.wait_until("it drains", lambda: "told to stop (signal): preempted" in preempt.log(job.id), 10, 0.05)
+        run(TIER_NODE, f"pkill -STOP --uid {SERVICE_USER} llama-server")
+        preempt.wait_runs(paying)
+        assert preempt.left_on(TIER_NODE) == []
+    assert not stream.done
+
+
+def test_without_the_keeper() -> None:
+    job = preempt.tier_job(FAST)
+    run(CONTROLLER, "systemctl stop gleaner-keeper")
+    try:
+        with preempt.paying(FAST) as paying:
+            preempt.wait_runs(paying)
+            waiting = cluster.wait_until("the tier's job is queued", cluster.tier_job)
+            assert (waiting.id, waiting.state) == (job.id, "PENDING")
+    finally:
+        run(CONTROLLER, "systemctl start gleaner-keeper")
+
+
+def test_the_ledger_has_it_all() -> None:
+    for tier in preempt.BOTH:
+        told = preempt.ledger(tier)
+        assert told["preemptions"] >= 2
+        assert told["waited"]["count"] >= 2
+        assert told["gpu_hours"] > 0
+        assert 0 < told["served_share"] < 1
+        assert told["differences"] == []
+    text = run(CONTROLLER, "gleaner report")
+    assert "others waited for us" in text

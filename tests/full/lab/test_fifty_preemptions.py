@@ -1,0 +1,67 @@
+"""Fifty preemptions in a row, of both tiers, by several paying jobs at once: nothing is left behind, nothing fails."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+
+from benchmarks.preemption import FAST, JOBS, REASONING
+from tests.lab import cluster, preempt
+from tests.lab.cluster import CONTROLLER, HOSTS, NODES, SERVICE_USER, run
+
+PREEMPTIONS = 50
+# Each round preempts both tiers: all nodes at once, or one after another, a second apart.
+ROUNDS = PREEMPTIONS // 2
+
+
+def traces(name: str) -> dict[str, str]:
+    """What yields could leave on a host; numbers that differ between two runs of the same are left out."""
+    asked = {
+        "programs": f"ps -u {SERVICE_USER} -o args= | sort",
+        "ports": "ss --listening --tcp --numeric --no-header | awk '{print $4}' | sort",
+        "shared memory": f"find /dev/shm -user {SERVICE_USER}; ipcs -m | grep {SERVICE_USER} || true",
+        "run": "ls /run/gleaner 2>/dev/null || true",
+        "registry": "ls /cluster/shared/ai/endpoints",
+        "upstreams": "cat /etc/nginx/ai-inference/upstream-*.conf 2>/dev/null || true",
+        "temporary": f"find /tmp /scratch/ai -user {SERVICE_USER} -newer /run/before -name '*tmp*' 2>/dev/null || true",
+    }
+    found = {what: run(name, command) for what, command in asked.items()}
+    # Agents and supervisors listen on ports that the kernel chooses, and so do the processes of a router's models.
+    found["ports"] = "\n".join(line for line in found["ports"].splitlines() if int(line.rpartition(":")[2]) < 30000)
+    found["programs"] = re.sub(r"\d+", "N", found["programs"])
+    return found
+
+
+def served() -> None:
+    preempt.wait_served()
+    for model, port in ((cluster.SMOLLM2, cluster.PORT), (cluster.THINKING, cluster.SPLIT_PORT)):
+        assert cluster.complete(model, port=port).status == 200
+
+
+def test_fifty_preemptions_leave_nothing_behind() -> None:
+    served()
+    for name in HOSTS:
+        run(name, "touch /run/before")
+    before = {name: traces(name) for name in HOSTS}
+    jobs = {tier: preempt.tier_job(tier) for tier in (FAST, REASONING)}
+    for number in range(ROUNDS):
+        with contextlib.ExitStack() as stack:
+            if number % 2:
+                paying = [stack.enter_context(preempt.paying(FAST, REASONING))]
+            else:
+                # An ordinary sbatch for each node, about a second apart by itself.
+                paying = [stack.enter_context(preempt.paying(tier)) for tier in (REASONING, FAST)]
+            for job in paying:
+                preempt.wait_runs(job)
+            assert all(preempt.left_on(node) == [] for node in NODES)
+        preempt.wait_served()
+    served()
+
+    for tier, job in jobs.items():
+        after = preempt.tier_job(tier)
+        assert (after.id, after.restarts) == (job.id, job.restarts + ROUNDS)
+        assert preempt.states(job.id) <= {"PREEMPTED", "REQUEUED", "RUNNING", "PENDING"}, tier
+        assert preempt.ledger(tier)["differences"] == []
+    assert "FAILED" not in run(CONTROLLER, f"sacct -X -n -P --duplicates --name={','.join(JOBS.values())} -o State")
+    for name in HOSTS:
+        assert traces(name) == before[name], name

@@ -1,0 +1,141 @@
+"""Something is broken at the very moment of a preemption: the paying job gets its node, clients are told, all is back.
+
+What is slow is not hastened here: how long each takes is what benchmarks/preemption.py measures.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from benchmarks import preemption
+from benchmarks.preemption import FAST, LONG
+from tests.lab import cluster, preempt, split
+from tests.lab.cluster import CONTROLLER, REGISTRY, SERVICE_USER, TIER_NODE, run
+
+TOKENS = preemption.TOKENS[LONG]
+
+
+@pytest.fixture(autouse=True)
+def _served() -> None:
+    preempt.wait_served()
+
+
+def draining(job: int) -> None:
+    cluster.wait_until("it drains", lambda: "told to stop (signal): preempted" in preempt.log(job), 15, 0.05)
+
+
+def assert_told() -> None:
+    """Clients are told at once that the tier is away, and go on being told so."""
+    for _ in range(10):
+        cluster.assert_away(cluster.ask("/health", timeout=cluster.ANSWER_SECONDS))
+        time.sleep(0.1)
+
+
+def stream() -> preemption.Stream:
+    return preemption.begin_stream(preempt.controller().address, TOKENS)
+
+
+@contextlib.contextmanager
+def read_only() -> Iterator[None]:
+    run(TIER_NODE, f"mount --bind {REGISTRY} {REGISTRY} && mount -o remount,bind,ro {REGISTRY}")
+    try:
+        yield
+    finally:
+        run(TIER_NODE, f"umount {REGISTRY}")
+
+
+@contextlib.contextmanager
+def full() -> Iterator[None]:
+    """The node's registry is another one, which is full: the controller's keeps a record that nobody takes away."""
+    copy = "/run/registry"
+    run(TIER_NODE, f"mkdir -p {copy} && cp -a {REGISTRY}/. {copy}/")
+    run(TIER_NODE, f"mount -t tmpfs -o size=16k none {REGISTRY} && cp -a {copy}/. {REGISTRY}/ && rm -r {copy}")
+    run(TIER_NODE, f"dd if=/dev/zero of={REGISTRY}/filler bs=4k 2>/dev/null; chown {SERVICE_USER}: {REGISTRY}")
+    try:
+        yield
+    finally:
+        run(TIER_NODE, f"umount --lazy {REGISTRY}")
+
+
+@contextlib.contextmanager
+def gone() -> Iterator[None]:
+    run(CONTROLLER, f"mv {REGISTRY} {REGISTRY}.away")
+    try:
+        yield
+    finally:
+        run(CONTROLLER, f"mv {REGISTRY}.away {REGISTRY}")
+
+
+@pytest.mark.parametrize("broken", [read_only, full, gone])
+def test_the_registry_cannot_be_written(broken: Callable[[], contextlib.AbstractContextManager[None]]) -> None:
+    job = preempt.tier_job(FAST)
+    with preempt.paying(FAST) as paying, broken():
+        preempt.wait_runs(paying)
+        assert_told()
+        assert preempt.left_on(TIER_NODE) == []
+    cluster.wait_served()
+    after = preempt.tier_job(FAST)
+    assert (after.id, after.restarts) == (job.id, job.restarts + 1)
+
+
+def test_slurmctld_dies_while_the_tier_yields() -> None:
+    job = preempt.tier_job(FAST)
+    flowing = stream()
+    with preempt.paying(FAST) as paying:
+        draining(job.id)
+        run(CONTROLLER, "systemctl kill --signal=KILL slurmctld && systemctl stop slurmctld")
+        try:
+            cluster.wait_until("its processes are gone", lambda: not preempt.left_on(TIER_NODE), 30)
+            assert "cannot requeue" in preempt.log(job.id)
+            assert flowing.ended
+            assert not flowing.done
+            assert_told()
+        finally:
+            run(CONTROLLER, "systemctl start slurmctld")
+        preempt.wait_runs(paying)
+    cluster.wait_served()
+    assert "FAILED" not in preempt.states(job.id)
+
+
+def test_slurmdbd_is_down_while_the_tier_yields() -> None:
+    job = preempt.tier_job(FAST)
+    run(CONTROLLER, "systemctl stop slurmdbd")
+    try:
+        with preempt.paying(FAST) as paying:
+            preempt.wait_runs(paying)
+            assert_told()
+        cluster.wait_served()
+        after = preempt.tier_job(FAST)
+        assert (after.id, after.restarts) == (job.id, job.restarts + 1)
+    finally:
+        run(CONTROLLER, "systemctl start slurmdbd")
+
+
+def test_the_node_dies_while_the_tier_yields() -> None:
+    job = preempt.tier_job(FAST)
+    flowing = stream()
+    with preempt.paying(FAST):
+        draining(job.id)
+        cluster.host(TIER_NODE).run("systemctl reboot --force --force")
+        cluster.wait_until("the stream has ended", lambda: flowing.ended, split.GONE_SECONDS, 0.05)
+        assert not flowing.done
+        assert_told()
+        cluster.wait_until("the node is there again", lambda: split.reaches(TIER_NODE), 60, 1)
+    cluster.wait_served(180)
+
+
+def test_the_controller_is_rebooted_while_a_tier_runs() -> None:
+    job, server = preempt.tier_job(FAST), cluster.router_pid()
+    cluster.host(CONTROLLER).run("systemctl reboot --force --force")
+    cluster.wait_until("the controller is there again", lambda: split.reaches(CONTROLLER), 60, 1)
+    cluster.wait_until("slurmctld answers", lambda: cluster.host(CONTROLLER).run("squeue").rc == 0, 60, 1)
+    cluster.wait_until("it is routed again", lambda: cluster.ask("/health").status == 200, 60)
+    assert (preempt.tier_job(FAST), cluster.router_pid()) == (job, server)
+    # And it can still be preempted.
+    with preempt.paying(FAST) as paying:
+        preempt.wait_runs(paying)
+        assert_told()

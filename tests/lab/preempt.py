@@ -1,0 +1,80 @@
+"""Paying jobs come and go: what the tests of preemption share."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from functools import cache
+from typing import Any
+
+from benchmarks import lab, preemption
+from benchmarks.preemption import FAST, JOBS, NODES, PORTS, REASONING
+from gleaner import events
+from gleaner.events import Event
+from tests.lab import cluster
+from tests.lab.ansible import LAB_ID
+from tests.lab.cluster import CONTROLLER, run
+
+BOTH = (FAST, REASONING)
+RUNS_SECONDS = 45.0
+
+
+@cache
+def controller() -> preemption.Controller:
+    return preemption.Controller(lab.Lab(LAB_ID))
+
+
+def wait_served(tiers: tuple[str, ...] = BOTH) -> None:
+    for tier in tiers:
+        cluster.wait_served(port=PORTS[tier])
+
+
+def runs(job: int) -> bool:
+    return any(one.id == job and one.state == "RUNNING" for one in cluster.jobs())
+
+
+def wait_runs(job: int) -> None:
+    cluster.wait_until("the paying job runs", lambda: runs(job), RUNS_SECONDS)
+
+
+@contextlib.contextmanager
+def paying(*tiers: str) -> Iterator[int]:
+    """An ordinary user's job on these tiers' nodes; gone with the block."""
+    nodes = sorted(node for tier in tiers for node in NODES[tier])
+    job = cluster.submit(f"-p gpu_vasp -N{len(nodes)} --gres=gpu:1 --nodelist={','.join(nodes)} --wrap 'sleep 600'")
+    try:
+        yield job
+    finally:
+        cluster.cancel(job)
+
+
+def told(tier: str, job: int) -> list[Event]:
+    """A job's events, in their order."""
+    text = run(CONTROLLER, f"cat {preemption.EVENTS}/{job}.jsonl")
+    return [one for line in text.splitlines() if (one := events.parse(line.encode())).tier == tier]
+
+
+def ledger(tier: str, since: str = "1d") -> dict[str, Any]:
+    """What `gleaner report` says of a tier."""
+    found: list[dict[str, Any]] = json.loads(run(CONTROLLER, f"gleaner report --json --since {since}"))
+    return next(one for one in found if one["tier"] == tier)
+
+
+def left_on(node: str) -> list[int]:
+    """Processes of ours on a node."""
+    return cluster.pids(node, ".")
+
+
+def log(job: int) -> str:
+    return run(CONTROLLER, f"cat /cluster/shared/ai/logs/{job}/supervisor.log")
+
+
+def states(job: int) -> set[str]:
+    """What accounting calls the ends of all runs of a job."""
+    text = run(CONTROLLER, f"sacct -X -n -P --duplicates -j {job} -o State")
+    return {line.split()[0] for line in text.splitlines()}
+
+
+def tier_job(tier: str) -> cluster.Job:
+    return cluster.running_job(JOBS[tier])
