@@ -17,11 +17,13 @@ from tests.lab.ansible import ROOT, Run
 PRINTS = {
     ".venv/bin/ansible-playbook -i inventories/SITE playbooks/validate.yml": r"failed=0",
     ".venv/bin/ansible-playbook -i inventories/SITE site.yml": r"failed=0",
+    ".venv/bin/ansible-playbook -i inventories/SITE playbooks/tier.yml": r"reasoning: (held|loading|queued|serving)",
     "curl -s http://10.213.0.10:8080/health": r'\{"status":"ok"\}',
     "curl -s http://10.213.0.10:8080/v1/models": r'"smollm2-135m-instruct-q4_1"',
     "curl -s http://10.213.0.10:8081/v1/models": r'"smollm2-135m-thinking-q4_1"',
     "tail -n 5 /cluster/shared/ai/logs/$(": r"client connection",
     "gleaner status": r"fast +serving",
+    "gleaner report": r"others waited for us",
     "squeue": r"llama-14",
     "sinfo": r"vasp-03",
     "journalctl -u gleaner-keeper": r"fast: job \d+",

@@ -51,8 +51,8 @@ def test_fifty_preemptions_leave_nothing_behind() -> None:
             else:
                 # An ordinary sbatch for each node, about a second apart by itself.
                 paying = [stack.enter_context(preempt.paying(tier)) for tier in (REASONING, FAST)]
-            for job in paying:
-                preempt.wait_runs(job)
+            for number_of in paying:
+                preempt.wait_runs(number_of)
             assert all(preempt.left_on(node) == [] for node in NODES)
         preempt.wait_served()
     served()

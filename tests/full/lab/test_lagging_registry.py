@@ -63,4 +63,4 @@ def test_a_withdrawal_does_not_wait_for_the_file_system(case: str) -> None:
     assert drained.more["whole"]
     # Known before the file system could tell, and before the record there would have been stale.
     (yielded,) = played.yields
-    assert yielded.last_served - yielded.signalled < 10
+    assert yielded.last_served - yielded.signalled < LAG_SECONDS / 2
