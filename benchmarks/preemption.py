@@ -460,8 +460,7 @@ def claims(rounds: Sequence[Round], budget: float, ledger: Sequence[float]) -> l
 
 def by_ledger(controller: Controller, since: float, rounds: Sequence[Round]) -> list[float]:
     """For each paying job: the wait in `gleaner report` less the one by this program's clock."""
-    began = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(since))
-    told = json.loads(controller.run(f"gleaner report --json --since {began}"))
+    told = json.loads(controller.run(f"gleaner report --json --since @{int(since)}"))
     waited = {(tier["tier"], wait["job"]): wait["seconds"] for tier in told for wait in tier["waits"]}
     missing = [one.job for one in rounds for part in one.yields if (part.tier, one.job) not in waited]
     if missing:

@@ -314,10 +314,12 @@ def in_words(one: Ledger) -> str:
 
 
 def moment(text: str) -> float:
-    """`2026-11-25`, `2026-11-25T08:00:00`, both local, or `7d`/`12h` before now; as unix seconds."""
+    """Unix seconds: of `2026-11-25` or `2026-11-25T08:00:00`, both local, `7d` or `12h` before now, or `@seconds`."""
     ago = re.fullmatch(r"(\d{1,5})([dh])", text)
     if ago:
         return time.time() - int(ago.group(1)) * (DAY_SECONDS if ago.group(2) == "d" else 3600.0)
+    if re.fullmatch(r"@\d{1,12}", text):
+        return float(text[1:])
     for form in ("%Y-%m-%dT%H:%M:%S", "%Y-%m-%dT%H:%M", "%Y-%m-%d"):
         try:
             return time.mktime(time.strptime(text, form))

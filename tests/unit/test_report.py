@@ -237,6 +237,13 @@ def test_for_people_and_for_programs(place: Home, capsys: pytest.CaptureFixture[
     assert "--nodelist=vasp-02" in asked
 
 
+def test_the_period_is_what_accounting_is_asked_for(place: Home) -> None:
+    assert command(place, "--since", "@1000000", "--until", "@1086400") == 0
+    (asked,) = place.calls_of("sacct --allusers")
+    begin, end = (time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(at)) for at in (1000000, 1086400))
+    assert f"--starttime={begin} --endtime={end}" in asked
+
+
 def test_lines_that_are_no_events_are_named(place: Home, capsys: pytest.CaptureFixture[str]) -> None:
     write(place, b"{}\n", b"\xff\n", TOLD[0].encode(), b'{"v":1,"at_ms":1')
     place.set(place.events / "notes.txt", "somebody's\n")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 
 from benchmarks import preemption
@@ -19,8 +21,10 @@ def _served() -> None:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _folder() -> None:
+def _folder() -> Iterator[None]:
     preemption.prepare(preempt.controller())
+    yield
+    run(CONTROLLER, f"rm -r {preemption.FOLDER}")
 
 
 @pytest.mark.parametrize("case", CASES)

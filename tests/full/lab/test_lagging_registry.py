@@ -38,7 +38,7 @@ def _lagging() -> Iterator[None]:
     try:
         yield
     finally:
-        run(CONTROLLER, f"umount --lazy {REGISTRY}; umount {SOURCE}; rmdir {SOURCE}")
+        run(CONTROLLER, f"umount --lazy {REGISTRY}; umount {SOURCE}; rmdir {SOURCE}; rm -r {preemption.FOLDER}")
         cluster.wait_served()
 
 
