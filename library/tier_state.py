@@ -62,9 +62,9 @@ def status_of(module: AnsibleModule, name: str) -> dict[str, object]:
 def is_so(line: dict[str, object], state: str) -> bool:
     """Nothing has to be done."""
     if state == "held":
-        return bool(line["held"])
+        return bool(line["held"]) and line["job"] is None and line["state"] != "unknown"
     if state == "started":
-        return line["state"] not in ("held", "paused") and not line["held"]
+        return line["state"] not in ("held", "paused", "absent", "unknown") and not line["held"]
     # A job that has not started yet has nothing that a restart would renew.
     return line["state"] == "queued" and not line["held"]
 

@@ -18,9 +18,13 @@ TAKEN_SECONDS = 30.0
 
 def is_fulfilled(wish: Wish, line: dict[str, object]) -> bool:
     """Whether a tier, as `status` tells of it, is as wished; a restart is over when its old job is gone."""
+    if line["state"] == Tier.UNKNOWN.value:
+        return False
     if wish is Wish.HELD:
         return bool(line["held"]) and line["job"] is None
-    return line["state"] != Tier.HELD.value and not line["held"] and not line["ending"]
+    # One that makes way for another tier has none, and says why.
+    has_one = line["job"] is not None or bool(line["why"])
+    return line["state"] != Tier.HELD.value and not line["held"] and not line["ending"] and has_one
 
 
 def _told(line: dict[str, object]) -> str:
@@ -33,8 +37,7 @@ def _wait(args: argparse.Namespace, config: keeper.Config, gateway: upstream.Con
     start, last = time.monotonic(), ""
     while True:
         waited = time.monotonic() - start
-        taken = not wishes.path_of(config.state, args.tier).exists()
-        if taken:
+        if not wishes.waits(config.state, args.tier):
             (line,) = (one for one in status.look(gateway, keeper.load_state(config.state)) if one["tier"] == args.tier)
             if _told(line) != last:
                 last = _told(line)
@@ -49,7 +52,11 @@ def _wait(args: argparse.Namespace, config: keeper.Config, gateway: upstream.Con
             )
             return 1
         if waited >= args.wait:
-            print(f"error: {args.tier} is not {wish.value} after {args.wait:g} s, and will be: {last}", file=sys.stderr)
+            print(
+                f"error: {args.tier} is not {wish.value} after {args.wait:g} s; the wish stands: "
+                f"{last or 'the keeper has not taken it yet'}",
+                file=sys.stderr,
+            )
             return 1
         time.sleep(POLL_SECONDS)
 
@@ -75,6 +82,8 @@ def run(args: argparse.Namespace) -> int:
         known = [tier.tier for tier in config.tiers]
         if args.tier not in known:
             raise ValueError(f"tier: got {args.tier!r}, want one of {', '.join(known)}")
+        if args.tier not in [tier.tier for tier in gateway.tiers]:
+            raise ValueError(f"{args.config}: has no tier {args.tier!r} yet: run playbooks/gateway.yml")
         wishes.write(config.state, args.tier, wishes.Said(wish, wishes.caller()))
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)

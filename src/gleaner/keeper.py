@@ -262,7 +262,7 @@ class Keeper:
         before = json.dumps({name: dataclasses.asdict(state) for name, state in self.state.items()}, sort_keys=True)
         for tier in self.config.tiers:
             self.state.setdefault(tier.tier, TierState())
-        taken = [tier.tier for tier in self.config.tiers if self._take_wish(tier, jobs)]
+        taken = self._take_wishes(jobs)
         self._compete(jobs)
         running = {job.name for job in jobs if job.state == "RUNNING"}
         looked_for = [tier.tier for tier in self.config.tiers if tier.job_name in running]
@@ -283,7 +283,7 @@ class Keeper:
         if after != before:
             save_state(self.config.state, self.state)
         for name in taken:
-            wishes.path_of(self.config.state, name).unlink(missing_ok=True)
+            wishes.done(self.config.state, name)
 
     def _keep(self, tier: TierConfig, state: TierState, jobs: list[slurm.Job]) -> None:
         living = [job for job in jobs if job.state != "COMPLETING"]
@@ -309,36 +309,60 @@ class Keeper:
             elif self._waited(tier, state):
                 self._submit(tier, state)
 
-    def _take_wish(self, tier: TierConfig, jobs: list[slurm.Job]) -> bool:
-        """Note down what an administrator wishes of a tier; true when there was a wish, to be taken away then."""
-        state, name = self.state[tier.tier], tier.tier
+    def _take_wishes(self, jobs: list[slurm.Job]) -> list[str]:
+        """Note down what administrators wish; the tiers whose wishes are done with when the state is saved."""
+        taken = []
+        known = {tier.tier for tier in self.config.tiers}
         try:
-            said = wishes.read(self.config.state, name)
-        except ValueError as error:
-            say(f"{name}: {error}; it is taken away")
-            return True
-        if said is None:
-            return False
+            for name in wishes.forget_others(self.config.state, known):
+                say(f"{name}: there is no such tier, what was wished of it is taken away")
+            for tier in self.config.tiers:
+                try:
+                    said = wishes.take(self.config.state, tier.tier)
+                except ValueError as error:
+                    say(f"{tier.tier}: {error}; it is taken away")
+                    taken.append(tier.tier)
+                    continue
+                if said is not None:
+                    self._grant(tier, said, jobs)
+                    taken.append(tier.tier)
+        except OSError as error:
+            self.changes.say("wishes", f"wishes cannot be read, and stay: {error.filename}: {error.strerror}")
+        else:
+            self.changes.clear("wishes")
+        return taken
+
+    def _grant(self, tier: TierConfig, said: wishes.Said, jobs: list[slurm.Job]) -> None:
+        state, name = self.state[tier.tier], tier.tier
         words = f"{said.wish.value} by {said.by}"
         say(f"{name}: {words}")
+        mine = [job for job in jobs if job.name == tier.job_name]
+        living = [job for job in mine if job.state != "COMPLETING"]
+        running = [job for job in living if job.state not in WAITING_STATES]
+        being_held = state.held and state.ending
         state.held = said.wish is Wish.HELD
         state.failures = state.claims = 0
         self.not_before.pop(name, None)
-        living = [job for job in jobs if job.name == tier.job_name and job.state != "COMPLETING"]
-        running = [job for job in living if job.state not in WAITING_STATES]
-        # A restart has nothing to end where nothing runs.
-        going = [*running, *living] if state.held else running if said.wish is Wish.RESTARTED else []
-        if going:
-            state.job, state.ending = going[0].id, True
-        if not state.ending or going:
-            state.why = words if state.held or going else ""
+        if state.held:
+            # Also of a job that completes: it may be one that comes back, since it was preempted.
+            state.job = next((job.id for job in (*running, *living, *mine)), state.job)
+            state.ending, state.why = state.job != 0, words
+            return
+        if not living:
+            # Whoever ended the last job, this wish came after it.
+            self.ask_until.pop(state.job, None)
+            state.job, state.ending, state.why = 0, False, ""
+        elif said.wish is Wish.RESTARTED and running:
+            state.job, state.ending, state.why = running[0].id, True, words
+        elif being_held:
+            # What was told to yield does so; what still waits need not.
+            state.ending, state.why = bool(running), words if running else ""
         for job in living:
-            if not state.held and held_by_person(job):
+            if held_by_person(job):
                 try:
                     slurm.release(job.id)
                 except slurm.SlurmError as error:
                     say(f"{name}: job {job.id} cannot be released: {error}")
-        return True
 
     # A living job
 
@@ -415,7 +439,7 @@ class Keeper:
 
     def _why_to_go(self, tier: TierConfig, state: TierState, job: slurm.Job) -> Departure | None:
         # What a person holds must not come back under another number.
-        if held_by_person(job):
+        if held_by_person(job) and not (state.held and state.ending):
             return None
         made_from = digest_of(job, state)
         # A job that was told to yield does so, even if its plan is the current one again.
@@ -452,7 +476,9 @@ class Keeper:
     def _see_off(self, tier: TierConfig, state: TierState, job: slurm.Job, why: Departure) -> None:
         """End a job that has to go; when it is gone, the next one is submitted as ever."""
         self._take(tier, state, job)
-        state.ending, state.why = True, why.words
+        state.ending = True
+        if not state.held:
+            state.why = why.words
         self.changes.say(tier.tier, f"{tier.tier}: {state.why}")
         self._end(tier.tier, job.id, job.state, why.comment)
 

@@ -18,6 +18,8 @@ from gleaner.heartbeat import Channel, ChannelClosed, Message
 
 # Of the messages below.
 VERSION = 1
+# Nothing is said on a line for days: the kernel asks whether the other end is there, and firewalls see it live.
+KEEPALIVE = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3}
 CONNECT_SECONDS = 2.0
 
 Run = tuple[int, int]
@@ -45,13 +47,20 @@ def check_greeting(message: Message, key: str, run: Run) -> None:
         raise ValueError("the gateway has another version of gleaner: run playbooks/gateway.yml")
 
 
+def keep_alive(sock: socket.socket) -> None:
+    """Have the kernel notice an end that is gone without a word."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in KEEPALIVE.items():
+        sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+
+
 def withdrawn(seq: int) -> Message:
     """From the supervisor: what was published is void, up to the record with this `seq`."""
     return {"withdrawn": seq}
 
 
 def away(seq: int) -> Message:
-    """The gateway's answer: it hands nothing over any more."""
+    """The gateway's answer: it takes no request for the tier any more. One whose body still comes may follow."""
     return {"away": seq}
 
 
@@ -105,6 +114,7 @@ class Line:
                 self._fail(errno.ETIMEDOUT)
             return False
         self._channel = Channel(self._socket)
+        keep_alive(self._socket)
         self._selector.modify(self._socket, selectors.EVENT_READ)
         self._channel.send(self._hello)
         return True

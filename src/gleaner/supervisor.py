@@ -22,7 +22,7 @@ from typing import Any
 
 from gleaner import events, files, heartbeat, life, line, record, slurm
 from gleaner.events import Kind
-from gleaner.journal import say
+from gleaner.journal import OnChange, say
 from gleaner.states import Cause, Exit
 
 TICK_SECONDS = 0.1
@@ -34,8 +34,11 @@ LEAVE_SECONDS = 3.0
 WITHDRAW_SECONDS = 1.0
 # A gateway without a line to us learns of a withdrawal within this time, from the record or from Slurm. Until then it
 # may hand over one more request, also on a connection that a stopping server still holds, and no idleness is believed.
-ROUTED_SECONDS = 1.2
+ROUTED_SECONDS = 1.5
+# With its answer on the line: a request that it has just handed over is in no slot while its prompt is read.
+SETTLE_SECONDS = 0.3
 GATEWAYS_LIMIT = 4
+STRANGERS_LIMIT = 16
 ASK_SECONDS = 3.0
 REQUEUE_SECONDS = 5.0
 # A server that was ready, is stopped by a signal or does not answer /health for this long, is restarted.
@@ -213,6 +216,9 @@ class Supervisor:
         # The lines that carry beats alone, by node and network.
         self.pulses: dict[tuple[str, int], heartbeat.Channel] = {}
         self.gateways: list[heartbeat.Channel] = []
+        # Those that have not answered a withdrawal yet.
+        self.routing: set[heartbeat.Channel] = set()
+        self.changes = OnChange()
         self.key = server_key()
         # What was published is void up to this one.
         self.retracted = 0
@@ -350,11 +356,11 @@ class Supervisor:
 
     def _accept(self, listener: socket.socket) -> None:
         with contextlib.suppress(OSError):
-            while True:
+            for _ in range(STRANGERS_LIMIT):
                 connection, _ = listener.accept()
-                if len(self.strangers) >= 16:
-                    connection.close()
-                    continue
+                if len(self.strangers) >= STRANGERS_LIMIT:
+                    # Who greets does so at once: the oldest one has had its time.
+                    self._drop(self.strangers.pop(0))
                 channel = heartbeat.Channel(connection, heartbeat.GREETING_LIMIT)
                 self.selector.register(connection, selectors.EVENT_READ)
                 self.strangers.append(channel)
@@ -379,7 +385,7 @@ class Supervisor:
                 if (node, network) not in self._awaited():
                     raise ValueError(f"greeting from {node!r}, which is not awaited")
             except (ValueError, heartbeat.ChannelClosed) as error:
-                say(f"connection refused: {error}")
+                self.changes.say("refused", f"connection refused: {error}")
                 self.strangers.remove(channel)
                 self._drop(channel)
                 continue
@@ -419,7 +425,10 @@ class Supervisor:
     def _take_gateway(self, channel: heartbeat.Channel, greeting: heartbeat.Message) -> None:
         line.check_greeting(greeting, self.key, (self.where.job, self.where.restart))
         if len(self.gateways) >= GATEWAYS_LIMIT:
-            raise ValueError(f"more than {GATEWAYS_LIMIT} gateways")
+            oldest = self.gateways.pop(0)
+            self.routing.discard(oldest)
+            self._drop(oldest)
+        line.keep_alive(channel.socket)
         self.strangers.remove(channel)
         self.gateways.append(channel)
         say("the gateway has a line to us")
@@ -427,6 +436,7 @@ class Supervisor:
             self._tell_gateway(channel)
 
     def _tell_gateway(self, channel: heartbeat.Channel) -> None:
+        self.routing.add(channel)
         with contextlib.suppress(heartbeat.ChannelClosed):
             channel.send(line.withdrawn(self.retracted))
 
@@ -436,14 +446,17 @@ class Supervisor:
                 channel.flush()
                 answers = [message.get("away") for message in channel.receive()]
             except (ValueError, heartbeat.ChannelClosed):
+                # What it may still hand over, nobody tells: ROUTED_SECONDS then.
                 self.gateways.remove(channel)
                 self._drop(channel)
                 continue
-            if self.retracted and self.retracted in answers and self.phase is Phase.DRAINING:
-                say("drain: the gateway hands nothing over any more")
-                # Whether it is idle is asked anew: what came until now counts.
-                self.routed_until = 0.0
-                self._watch_busy()
+            if self.retracted and self.retracted in answers:
+                self.routing.discard(channel)
+                if self.phase is Phase.DRAINING and not self.routing:
+                    say("drain: the gateway takes no request any more")
+                    self.routed_until = min(self.routed_until, time.monotonic() + SETTLE_SECONDS)
+                    # Whether it is idle is asked anew: what came until now counts.
+                    self._watch_busy()
 
     def _lost(self, node: str, why: str) -> None:
         channel = self.agents.pop(node, None)
@@ -616,6 +629,7 @@ class Supervisor:
         if self.phase is Phase.SERVING:
             self.events.add(Kind.WITHDRAWN, why=why[: events.WORDS_LIMIT])
         self.retracted = self.publisher.retract()
+        self.routing.clear()
         if self.retracted:
             for channel in self.gateways:
                 self._tell_gateway(channel)

@@ -176,9 +176,8 @@ def decide(
     if good is None:
         return Verdict(None, doubt or "Slurm does not answer")
     if jobs is None:
-        same = isinstance(reading, Record) and good.run == reading.run
-        if same and fresh:
-            return Verdict(good, "Slurm does not answer; the record is fresh")
+        if isinstance(reading, Record) and good.run == reading.run and fresh:
+            return Verdict(reading, "Slurm does not answer; the record is fresh")
         return Verdict(None, f"Slurm does not answer, and {doubt or 'the record is not the one routed'}")
     refusal = _refusal(good, jobs)
     if refusal:
@@ -562,7 +561,9 @@ class Updater:
             return
         now = time.monotonic()
         for watched in self.watched:
+            # Before all else: another tier may have nginx reloaded, which takes a while.
             self._hear(watched)
+        for watched in self.watched:
             self._look(watched, readings[watched.config.tier], now)
             self._part(watched)
             self._hold_line(watched, now)
@@ -595,19 +596,23 @@ class Updater:
         if watched.line is None:
             return
         watched.line.advance()
-        if watched.line.withdrawn is not None:
-            watched.memory.void = watched.line.run, watched.line.withdrawn
+        if watched.line.withdrawn is None:
+            return
+        memory = watched.memory
+        memory.void = watched.line.run, watched.line.withdrawn
+        if memory.good is not None and memory.is_void(memory.good):
+            watched.router.down()
+        watched.line.answer()
 
     def _hold_line(self, watched: Watched, now: float) -> None:
-        """Have a line to the supervisor of what is routed; answer it when nothing is routed to it any more."""
-        line, good, routed = watched.line, watched.memory.good, watched.router.up
-        if line is not None and not (routed and good is not None and good.run == line.run):
-            line.answer()
-        if not routed or good is None or not good.line or good.supervisor not in watched.config.supervisors:
+        """Have a line to the supervisor of what is routed."""
+        line, good = watched.line, watched.memory.good
+        if not watched.router.up or good is None or good.supervisor not in watched.config.supervisors:
             return
         if line is not None and line.run == good.run:
             if not line.done:
-                self.changes.clear(f"{watched.config.tier}/line")
+                if now >= watched.line_at:
+                    self.changes.clear(f"{watched.config.tier}/line")
                 return
             self._no_line(watched, line.failure)
         if now < watched.line_at:

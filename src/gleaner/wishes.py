@@ -51,18 +51,44 @@ def write(state: Path, tier: str, said: Said) -> None:
     files.write_atomic(path_of(state, tier), (json.dumps(value) + "\n").encode())
 
 
-def read(state: Path, tier: str) -> Said | None:
-    """The wish of this tier, None when there is none; ValueError for what is no wish."""
-    path = path_of(state, tier)
+def _taken_path(state: Path, tier: str) -> Path:
+    return folder_of(state) / f"{tier}.taken"
+
+
+def take(state: Path, tier: str) -> Said | None:
+    """The wish of this tier, which is the caller's until `done`; None when there is none.
+
+    Another wish may come meanwhile and waits. One that was taken by a keeper that died is given again. OSError when it
+    cannot be read now, ValueError for what is no wish.
+    """
+    path = _taken_path(state, tier)
     try:
+        if not path.exists():
+            os.replace(path_of(state, tier), path)
         value = json.loads(files.read_bounded(path, SIZE_LIMIT))
         return Said(Wish(value["wish"]), _BY.sub("?", str(value["by"]))[:64])
     except FileNotFoundError:
         return None
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read: {error.strerror}") from None
     except (KeyError, TypeError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not a wish ({error!r})") from None
+        raise ValueError(f"not a wish ({error!r})") from None
+
+
+def done(state: Path, tier: str) -> None:
+    """What was taken is noted down."""
+    _taken_path(state, tier).unlink(missing_ok=True)
+
+
+def waits(state: Path, tier: str) -> bool:
+    """A wish was not noted down yet."""
+    return path_of(state, tier).exists() or _taken_path(state, tier).exists()
+
+
+def forget_others(state: Path, tiers: set[str]) -> list[str]:
+    """Take away wishes for tiers that are not among these, and give their names."""
+    others = [path for path in folder_of(state).glob("*.*") if path.stem not in tiers and not path.name.startswith(".")]
+    for path in others:
+        path.unlink(missing_ok=True)
+    return [path.stem for path in others]
 
 
 def caller() -> str:

@@ -79,6 +79,70 @@ def test_every_job_of_a_held_tier_goes(site: Site) -> None:
     assert site.state.held
 
 
+@pytest.mark.parametrize("seen", [queue_line(state="COMPLETING"), ""], ids=["completing", "missed-by-squeue"])
+def test_a_preempted_job_that_is_on_its_way_back_is_held(site: Site, seen: str) -> None:
+    running(site)
+    site.queue(seen)
+    site.place.set(site.place.slurm / "job", job_text(state="RUNNING" if not seen else "COMPLETING"))
+    wish(site, Wish.HELD)
+    site.poll()
+    site.queue(queue_line(restarts="1", **WAITING))
+    site.poll()
+    assert site.place.calls_of("scancel 41") == ["scancel 41"]
+    assert (site.state.held, site.state.why) == (True, "held by root")
+
+
+def test_a_job_that_a_person_holds_goes_when_the_tier_is_held(site: Site) -> None:
+    running(site)
+    site.queue(queue_line(state="PENDING", nodes="", reason="(JobHeldAdmin)"))
+    wish(site, Wish.HELD)
+    site.poll()
+    assert site.place.calls_of("scancel") == ["scancel 41"]
+
+
+def test_a_start_outranks_an_older_cancel(site: Site) -> None:
+    running(site).ended(state="CANCELLED")
+    site.place.set(site.place.slurm / "accounting", "")
+    site.poll(2)
+    assert "asking accounting by whom" in site.state.why
+    wish(site, Wish.STARTED)
+    site.poll()
+    assert (site.submissions, site.state.held) == (2, False)
+
+
+def test_a_start_in_the_middle_of_a_hold(site: Site) -> None:
+    running(site)
+    wish(site, Wish.HELD)
+    site.poll()
+    wish(site, Wish.STARTED)
+    site.poll()
+    assert not site.state.held
+    site.ended(state="COMPLETED")
+    site.poll(2)
+    assert site.submissions == 2
+
+
+def test_wishes_for_a_tier_that_is_gone_are_taken_away(site: Site) -> None:
+    wishes.write(site.config.state, "slow", Said(Wish.HELD, "root"))
+    site.poll()
+    assert not wishes.waits(site.config.state, "slow")
+
+
+def test_a_wish_that_cannot_be_read_stays(site: Site, capfd: pytest.CaptureFixture[str]) -> None:
+    wish(site, Wish.HELD)
+    path = wishes.path_of(site.config.state, "fast")
+    text = path.read_text()
+    path.unlink()
+    path.symlink_to("/nonexistent")
+    site.poll(2)
+    assert capfd.readouterr().err.count("wishes cannot be read, and stay") == 1
+    path.unlink(missing_ok=True)
+    wishes.done(site.config.state, "fast")
+    path.write_text(text)
+    site.poll()
+    assert site.state.held
+
+
 def test_a_tier_without_a_job_is_held_at_once(site: Site) -> None:
     wish(site, Wish.HELD)
     site.poll(2)
@@ -212,6 +276,8 @@ def test_a_tier_is_held_and_started_by_name(place: Home, capsys: pytest.CaptureF
     keep(place)
     assert command(place, "fast", "held") == 0
     assert "fast: held (held by " in capsys.readouterr().out
+    assert command(place, "fast", "started", "--wait", "1") == 1, "it has no job yet"
+    place.set(place.slurm / "queue", queue_line(**WAITING))
     assert command(place, "fast", "started") == 0
     assert keeper.load_state(place.root / "keeper-state.json")["fast"].held is False
 
@@ -219,10 +285,10 @@ def test_a_tier_is_held_and_started_by_name(place: Home, capsys: pytest.CaptureF
 def test_it_waits_for_the_drain(place: Home, capsys: pytest.CaptureFixture[str]) -> None:
     place.set(place.slurm / "queue", queue_line())
     keep(place)
-    assert command(place, "fast", "held", "--wait", "1") == 1
+    assert command(place, "fast", "held", "--wait", "5") == 1
     told = capsys.readouterr()
     assert "fast: yielding (held by " in told.out
-    assert "error: fast is not held after 1 s, and will be: fast: yielding" in told.err
+    assert "error: fast is not held after 5 s; the wish stands: fast: yielding" in told.err
 
 
 @pytest.mark.parametrize(
@@ -254,5 +320,44 @@ def test_who_wishes_is_who_called_sudo(monkeypatch: pytest.MonkeyPatch, tmp_path
     monkeypatch.delenv("SUDO_USER")
     assert wishes.caller()
     (tmp_path / "wishes").mkdir()
-    wishes.write(tmp_path / "keeper.json", "fast", Said(Wish.HELD, "al\nice"))
-    assert wishes.read(tmp_path / "keeper.json", "fast") == Said(Wish.HELD, "al?ice")
+    before = os.umask(0o077)
+    try:
+        wishes.write(tmp_path / "keeper.json", "fast", Said(Wish.HELD, "al\nice"))
+    finally:
+        os.umask(before)
+    assert wishes.path_of(tmp_path / "keeper.json", "fast").stat().st_mode & 0o777 == 0o644
+    assert wishes.take(tmp_path / "keeper.json", "fast") == Said(Wish.HELD, "al?ice")
+
+
+def test_a_wish_that_comes_meanwhile_waits(tmp_path: Path) -> None:
+    state = tmp_path / "keeper.json"
+    (tmp_path / "wishes").mkdir()
+    wishes.write(state, "fast", Said(Wish.HELD, "root"))
+    assert wishes.take(state, "fast") == Said(Wish.HELD, "root")
+    wishes.write(state, "fast", Said(Wish.STARTED, "root"))
+    # Of a keeper that died in between.
+    assert wishes.take(state, "fast") == Said(Wish.HELD, "root")
+    wishes.done(state, "fast")
+    assert wishes.waits(state, "fast")
+    assert wishes.take(state, "fast") == Said(Wish.STARTED, "root")
+    wishes.done(state, "fast")
+    assert not wishes.waits(state, "fast")
+
+
+@pytest.mark.parametrize(
+    ("what", "line", "so"),
+    [
+        (Wish.HELD, {"held": True}, True),
+        (Wish.HELD, {"held": True, "job": 41}, False),
+        (Wish.HELD, {"held": True, "state": "unknown"}, False),
+        (Wish.STARTED, {"job": 41}, True),
+        (Wish.STARTED, {"job": 41, "state": "unknown"}, False),
+        (Wish.STARTED, {"state": "paused"}, False),
+        (Wish.STARTED, {"state": "paused", "why": "reasoning wants vasp-02"}, True),
+        (Wish.STARTED, {"job": 41, "state": "held"}, False),
+        (Wish.RESTARTED, {"job": 41, "ending": True}, False),
+    ],
+)
+def test_when_a_wish_has_come_true(what: Wish, line: dict[str, object], so: bool) -> None:
+    told = {"state": "held" if line.get("held") else "queued", "held": False, "ending": False, "job": None, "why": None}
+    assert handle.is_fulfilled(what, {**told, **line}) is so
