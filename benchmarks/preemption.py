@@ -44,20 +44,28 @@ PERIOD_SECONDS = 0.1
 # A request may have to wait for a long stream, since the lab's models answer one at a time.
 ASK_SECONDS = 30.0
 SERVED_SECONDS = 180.0
-# A paying job that ends sooner may find the tier's own job in the wait that Slurm gives a requeued one.
+# A paying job that ends sooner may find the tier's own job in the wait that Slurm gives a requeued one; the keeper ends
+# that within some four seconds.
 PAYING_SECONDS = 5.0
+# A refusal by the gateway alone takes less; what takes longer was handed over.
+REFUSAL_SECONDS = 0.3
+COMMAND_SECONDS = 180.0
 
 # Bars, in seconds.
 EXTRA_BAR = 1.0
 WORST_BAR = 3.0
 ROUTED_BAR = 1.0
 CUT_BAR = 1.0
+CUT_EARLY = 0.3
+LEDGER_BAR = 1.0
 RETURN_BAR = 3.0
 
 IDLE, SHORT, LONG, WIDE = "nothing in flight", "a short stream", "a long stream", "all nodes, nothing in flight"
 CASES = (IDLE, SHORT, LONG, WIDE)
-# Tokens that take about a second, and more than any drain budget, on the lab's machine.
-TOKENS = {SHORT: 120, LONG: 1900}
+STREAMS = (SHORT, LONG)
+# A short stream takes this share of the drain budget, a long one all that the context has room for.
+SHORT_SHARE = 0.6
+LONG_TOKENS = 1900
 
 PAYING = """#!/bin/sh
 # A paying job: notes when it starts and when it ends, and runs until it is told to end.
@@ -97,14 +105,12 @@ class Yield:
     signalled: float
     drained: float
     left: float
-    last_served: float
-    """When the last request was sent that was still answered."""
+    last_sent: float
+    """When the last request was sent that was handed over."""
+    in_flight: float
+    """When the last of them had its answer."""
     running: float
     served: float
-
-    @property
-    def drain(self) -> float:
-        return self.drained - self.signalled
 
 
 @dataclass(frozen=True)
@@ -125,8 +131,11 @@ class Round:
 
     @property
     def drain(self) -> float:
-        """What was in flight needed so long; nothing, nothing."""
-        return max(one.drain for one in self.yields) if self.stream is not None else 0.0
+        """How long after the signal clients had what was in flight, at most until the tier knew of it; else nothing."""
+        if self.stream is None:
+            return 0.0
+        (one,) = self.yields
+        return max(0.0, min(max(self.stream.ended, one.in_flight), one.drained) - one.signalled)
 
     @property
     def extra(self) -> float:
@@ -139,14 +148,19 @@ class Controller:
     def __init__(self, here: lab.Lab) -> None:
         self.ssh = here.ssh(CONTROLLER)
         self.address = here.variable(CONTROLLER, "cluster_address")
-        self.user = here.variable(CONTROLLER, "service_user")
 
     def run(self, script: str) -> str:
-        return subprocess.run([*self.ssh, script], check=True, capture_output=True, text=True).stdout.strip()
+        """What a command prints; RuntimeError with its words when it fails."""
+        done = subprocess.run([*self.ssh, script], check=False, capture_output=True, text=True, timeout=COMMAND_SECONDS)
+        if done.returncode != 0:
+            raise RuntimeError(f"{script}: exit code {done.returncode}\n{done.stdout}{done.stderr}")
+        return done.stdout.strip()
 
     def submit(self, options: str) -> tuple[int, float]:
         """A paying job; its number, and when it was submitted."""
-        command = f"sbatch --parsable --partition=gpu_vasp --chdir={FOLDER} --output=/dev/null {options} paying.sh"
+        command = (
+            f"sbatch --parsable --partition=gpu_vasp --chdir={FOLDER} --output=/dev/null --time=5 {options} paying.sh"
+        )
         before, job = self.run(f"cd {FOLDER} && date +%s.%N && runuser -u {USER} -- {command}").split()
         return int(job), float(before)
 
@@ -180,19 +194,23 @@ def request(tier: str, tokens: int, **more: object) -> bytes:
     return json.dumps({"model": MODELS[tier], "prompt": "Once", "max_tokens": tokens, **more}).encode()
 
 
-def ask(place: str, tier: str) -> Asked:
-    """One completion of one token: 200, or a 503 as clients are promised it."""
+def ask(place: str, tier: str, *, health: bool = False) -> Asked:
+    """One completion of one token, or a look at /health: 200, or a 503 as clients are promised it."""
     at, began = time.time(), time.monotonic()
     connection = http.client.HTTPConnection(place, PORTS[tier], timeout=ASK_SECONDS)
     try:
-        connection.request("POST", "/v1/completions", request(tier, 1), {"Content-Type": "application/json"})
+        if health:
+            connection.request("GET", "/health")
+        else:
+            connection.request("POST", "/v1/completions", request(tier, 1), {"Content-Type": "application/json"})
         response = connection.getresponse()
         body, status, wrong = response.read(), response.status, ""
+        value = json.loads(body)
         if status == 200:
-            wrong = "" if json.loads(body)["choices"] else "200 without an answer"
-        elif status != 503 or not response.headers["Retry-After"] or json.loads(body)["error"]["code"] != 503:
+            wrong = "" if value.get("status") == "ok" or value.get("choices") else f"200 without an answer: {body!r}"
+        elif status != 503 or not response.headers["Retry-After"] or value["error"]["code"] != 503:
             wrong = f"status {status}: {body[:200]!r}"
-    except (OSError, http.client.HTTPException, ValueError, KeyError) as error:
+    except (OSError, http.client.HTTPException, AttributeError, TypeError, ValueError, KeyError) as error:
         status, wrong = 0, repr(error)
     finally:
         connection.close()
@@ -202,8 +220,8 @@ def ask(place: str, tier: str) -> Asked:
 class Asking:
     """A client of one tier that asks ten times a second, each time over a connection of its own."""
 
-    def __init__(self, place: str, tier: str) -> None:
-        self.place, self.tier = place, tier
+    def __init__(self, place: str, tier: str, *, health: bool) -> None:
+        self.place, self.tier, self.health = place, tier, health
         self.answers: list[Asked] = []
         self._enough = threading.Event()
         self._threads: list[threading.Thread] = []
@@ -219,7 +237,7 @@ class Asking:
             self._enough.wait(PERIOD_SECONDS)
 
     def _one(self) -> None:
-        answer = ask(self.place, self.tier)
+        answer = ask(self.place, self.tier, health=self.health)
         with self._lock:
             self.answers.append(answer)
 
@@ -232,10 +250,17 @@ class Asking:
         self._clock.join()
         for thread in self._threads:
             thread.join(2 * ASK_SECONDS)
+            if thread.is_alive():
+                self.answers.append(Asked(time.time(), 0, 2 * ASK_SECONDS, "no answer at all"))
 
-    def last_served(self, before: float) -> float:
+    def handed_over(self, before: float) -> list[Asked]:
+        """Requests sent before a time that reached the tier: answered, or refused later than the gateway alone does."""
         with self._lock:
-            return max((one.at for one in self.answers if one.status == 200 and one.at < before), default=0.0)
+            return [
+                one
+                for one in self.answers
+                if one.at < before and (one.status == 200 or (one.status == 503 and one.seconds > REFUSAL_SECONDS))
+            ]
 
     def first_served(self, after: float) -> float | None:
         with self._lock:
@@ -250,12 +275,16 @@ def begin_stream(place: str, tokens: int) -> Stream:
 
     def read() -> None:
         connection = http.client.HTTPConnection(place, PORTS[FAST], timeout=60)
+        tail = b""
         try:
             body = request(FAST, tokens, stream=True, ignore_eos=True)
             connection.request("POST", "/v1/completions", body, {"Content-Type": "application/json"})
-            for line in connection.getresponse():
-                one.pieces += line.startswith(b"data: ")
-                one.done |= line.startswith(b"data: [DONE]")
+            with connection.getresponse() as response:
+                # Not by lines: these end a body that is cut off as if it were whole.
+                while piece := response.read1(65536):
+                    one.pieces += piece.count(b"data: ")
+                    tail = (tail + piece)[-100:]
+            one.done = tail.rstrip().endswith(b"data: [DONE]")
         except (OSError, http.client.HTTPException) as error:
             one.error = repr(error)
         finally:
@@ -265,7 +294,20 @@ def begin_stream(place: str, tokens: int) -> Stream:
     one.thread = threading.Thread(target=read, daemon=True)
     one.thread.start()
     wait_until("the stream flows", lambda: one.pieces > 3 or one.ended, 30, 0.01)
+    if one.ended:
+        raise RuntimeError(f"the stream was over before it flowed: {one}")
     return one
+
+
+def short_tokens(place: str, budget: float) -> int:
+    """How many tokens a short stream has, by the speed of one that nothing disturbs."""
+    began = time.monotonic()
+    one = begin_stream(place, 200)
+    assert one.thread is not None
+    one.thread.join(60)
+    if not one.done:
+        raise RuntimeError(f"a stream that nothing disturbs was not whole: {one}")
+    return max(50, int(200 / (time.monotonic() - began) * SHORT_SHARE * budget))
 
 
 def wait_until(what: str, claim: Callable[[], Any], seconds: float, every: float = 0.2) -> Any:
@@ -312,9 +354,9 @@ def idle_wait(controller: Controller, tiers: Sequence[str]) -> float:
 
 def baselines(controller: Controller) -> dict[tuple[str, ...], float]:
     """What the two kinds of paying jobs wait on idle nodes."""
-    for tier in (FAST, REASONING):
-        controller.run(f"gleaner tier {tier} held")
     try:
+        for tier in (FAST, REASONING):
+            controller.run(f"gleaner tier {tier} held")
         return {tiers: idle_wait(controller, tiers) for tiers in ((FAST,), (FAST, REASONING))}
     finally:
         for tier in (FAST, REASONING):
@@ -336,25 +378,31 @@ def yielded(controller: Controller, tier: str, since: float, asking: Asking) -> 
     served = asking.first_served(running)
     if served is None:
         return None
+    handed = asking.handed_over(left)
+    if not handed:
+        raise RuntimeError(f"{tier}: nothing was asked before it left")
     return Yield(
         tier=tier,
         signalled=signalled,
-        drained=at(Kind.DRAINED) or signalled,
+        drained=at(Kind.DRAINED) or left,
         left=left,
-        last_served=asking.last_served(left),
+        last_sent=max(one.at for one in handed),
+        in_flight=max(one.at + one.seconds for one in handed if one.status == 200),
         running=running,
         served=served,
     )
 
 
-def play(controller: Controller, case: str, baseline: float) -> Round:
+def play(controller: Controller, case: str, baseline: float, tokens: int) -> Round:
     """One case: a paying job comes, the tiers leave, it ends, and they are back."""
     tiers = (FAST, REASONING) if case == WIDE else (FAST,)
     wait_served(controller, tiers)
     with contextlib.ExitStack() as stack:
-        asking = {tier: stack.enter_context(Asking(controller.address, tier)) for tier in tiers}
+        # Where nothing is to be in flight, looks at /health; else completions, which wait for the stream.
+        health = case not in STREAMS
+        asking = {tier: stack.enter_context(Asking(controller.address, tier, health=health)) for tier in tiers}
         time.sleep(0.5)
-        stream = begin_stream(controller.address, TOKENS[case]) if case in TOKENS else None
+        stream = begin_stream(controller.address, tokens) if case in STREAMS else None
         with paying(controller, tiers) as (job, submitted):
             started = controller.noted(job, "start", 60)
             time.sleep(PAYING_SECONDS)
@@ -370,6 +418,8 @@ def play(controller: Controller, case: str, baseline: float) -> Round:
         ]
         if stream is not None and stream.thread is not None:
             stream.thread.join(60)
+            if stream.ended <= yields[0].signalled:
+                raise RuntimeError(f"the stream was not in flight when the signal came: {stream}, {yields[0]}")
     return Round(
         case=case,
         job=job,
@@ -388,87 +438,104 @@ def play(controller: Controller, case: str, baseline: float) -> Round:
 
 @dataclass(frozen=True)
 class Claim:
-    """One bar, its figures, and whether they meet it."""
+    """One bar, its figures, and whether they meet it; None where there is no bar."""
 
     name: str
     values: Sequence[float]
-    bar: str
-    met: bool
+    bar: str = ""
+    met: bool | None = None
 
     def row(self) -> tuple[str, ...]:
         middle = f"{statistics.median(self.values):.2f}" if self.values else "-"
-        worst = f"{max(self.values):.2f}" if self.values else "-"
-        return self.name, str(len(self.values)), middle, worst, self.bar, "met" if self.met else "missed"
+        worst = f"{max(self.values, key=abs):.2f}" if self.values else "-"
+        verdict = "" if self.met is None else "met" if self.met else "missed"
+        return self.name, str(len(self.values)), middle, worst, self.bar, verdict
 
 
-def claims(rounds: Sequence[Round], budget: float, ledger: Sequence[float]) -> list[Claim]:
-    """The bars of the whole run; `ledger` is what `gleaner report` says less than this program's own clock."""
+def claims(rounds: Sequence[Round], budget: float) -> list[Claim]:
+    """The bars of the whole run, by this program's own clock."""
     found = []
     for case in CASES:
         mine = [one for one in rounds if one.case == case]
         extra = [one.extra for one in mine]
         over = [one.wait - one.baseline for one in mine]
+        most = WORST_BAR + (budget if case in STREAMS else 0.0)
         found += [
+            Claim(f"{case}: wait on idle nodes", [one.baseline for one in mine]),
+            Claim(f"{case}: wait", [one.wait for one in mine]),
+            Claim(f"{case}: drain used", [one.drain for one in mine]),
             Claim(
-                f"wait beyond idle nodes and drain: {case}",
+                f"{case}: wait beyond idle nodes and drain",
                 extra,
                 f"median ≤ {EXTRA_BAR:g}",
-                statistics.median(extra) <= EXTRA_BAR,
+                bool(extra) and statistics.median(extra) <= EXTRA_BAR,
             ),
-            Claim(
-                f"wait beyond idle nodes: {case}",
-                over,
-                f"worst ≤ {budget + WORST_BAR:g}",
-                max(over) <= budget + WORST_BAR,
-            ),
+            Claim(f"{case}: wait beyond idle nodes", over, f"worst ≤ {most:g}", bool(over) and max(over) <= most),
         ]
     each = [one for played in rounds for one in played.yields]
-    routed = [max(0.0, one.last_served - one.signalled) for one in each]
-    back = [max(0.0, one.running - played.ended) for played in rounds for one in played.yields]
-    cut = [
-        played.stream.ended - played.yields[0].signalled - budget
-        for played in rounds
-        if played.case == LONG and played.stream is not None
-    ]
-    whole = [played.stream for played in rounds if played.case == SHORT and played.stream is not None]
-    lied = [played for played in rounds if played.case == LONG and played.stream is not None and played.stream.done]
-    wrong = [text for played in rounds for text in played.wrong]
-    broken = sum(not one.done for one in whole)
+    routed = [one.last_sent - one.signalled for one in each]
+    back = [one.running - played.ended for played in rounds for one in played.yields]
+    streams = {
+        case: [(one.stream, one.yields[0]) for one in rounds if one.case == case and one.stream] for case in STREAMS
+    }
+    cut = [stream.ended - one.signalled - budget for stream, one in streams[LONG]]
+    lied = sum(stream.done or not stream.error for stream, _ in streams[LONG])
+    broken = sum(not stream.done for stream, _ in streams[SHORT])
+    wrong = sum(len(played.wrong) for played in rounds)
     return [
         *found,
         Claim(
-            "from the signal to the last request handed over", routed, f"≤ {ROUTED_BAR:g}", max(routed) <= ROUTED_BAR
+            "from the signal to the last request handed over",
+            routed,
+            f"≤ {ROUTED_BAR:g}",
+            bool(routed) and max(routed) <= ROUTED_BAR,
         ),
-        Claim("from the last paying job's end to running again", back, f"≤ {RETURN_BAR:g}", max(back) <= RETURN_BAR),
         Claim(
-            "from then to the first token",
-            [one.served - one.running for one in each],
-            "the load of the model",
-            True,
+            "from the last paying job's end to running again",
+            back,
+            f"≤ {RETURN_BAR:g}",
+            bool(back) and max(back) <= RETURN_BAR,
         ),
+        Claim("from then until it answers again", [one.served - one.running for one in each]),
         Claim(
             "a long stream's end beyond the budget",
             cut,
-            f"≤ {CUT_BAR:g}, without [DONE]",
-            max(cut) <= CUT_BAR and not lied,
+            f"{-CUT_EARLY:g} to {CUT_BAR:g}",
+            bool(cut) and min(cut) >= -CUT_EARLY and max(cut) <= CUT_BAR,
         ),
+        Claim("long streams that ended as if they were whole", [lied], "0", lied == 0),
         Claim("short streams that were cut", [broken], "0", broken == 0),
-        Claim("answers that were neither 200 nor a proper 503", [len(wrong)], "0", not wrong),
-        Claim("the ledger's wait against this clock", ledger, "within 1", all(abs(one) <= 1.0 for one in ledger)),
+        Claim("answers that were neither 200 nor a proper 503", [wrong], "0", wrong == 0),
     ]
 
 
-def by_ledger(controller: Controller, since: float, rounds: Sequence[Round]) -> list[float]:
-    """For each paying job: the wait in `gleaner report` less the one by this program's clock."""
-    told = json.loads(controller.run(f"gleaner report --json --since @{int(since)}"))
+def ledger_claims(controller: Controller, since: float, rounds: Sequence[Round]) -> list[Claim]:
+    """What `gleaner report` says of the same, against this program's clock.
+
+    Its waits are to the end of the second in which Slurm started the job, whose script starts a moment later.
+    """
+    told = json.loads(controller.run(f"gleaner report --json --since @{int(since)}"))["tiers"]
     waited = {(tier["tier"], wait["job"]): wait["seconds"] for tier in told for wait in tier["waits"]}
-    missing = [one.job for one in rounds for part in one.yields if (part.tier, one.job) not in waited]
-    if missing:
-        raise RuntimeError(f"gleaner report knows nothing of the waits of {missing}")
+    parts = [(one, part) for one in rounds for part in one.yields]
+    missing = sum((part.tier, one.job) not in waited for one, part in parts)
+    off = [
+        waited[part.tier, one.job] - (one.started - part.signalled)
+        for one, part in parts
+        if (part.tier, one.job) in waited
+    ]
     differs = [text for tier in told for text in tier["differences"]]
-    if differs:
-        raise RuntimeError("gleaner report: " + "; ".join(differs))
-    return [waited[part.tier, one.job] - (one.started - part.signalled) for one in rounds for part in one.yields]
+    for text in differs:
+        print(f"gleaner report: {text}", file=sys.stderr)
+    return [
+        Claim(
+            "the ledger's wait, less the one by this clock",
+            off,
+            "-1 to 1",
+            bool(off) and all(abs(one) <= LEDGER_BAR for one in off),
+        ),
+        Claim("waits that the ledger does not know", [missing], "0", missing == 0),
+        Claim("differences between events and accounting", [len(differs)], "0", not differs),
+    ]
 
 
 def preemption_report(found: Sequence[Claim]) -> str:
@@ -487,23 +554,34 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=20, help="at least 20, or nothing is written")
     parser.add_argument("--no-report", action="store_true", help="leave docs/preemption.md alone")
     arguments = parser.parse_args()
-    here = lab.lab_from_environment()
-    controller = Controller(here)
+    controller = Controller(lab.lab_from_environment())
     version = lab.output(controller.ssh, "sinfo", "--version").split()[-1]
-    budgets = {tier["name"]: tier.get("drain_seconds", 5) for tier in here.value(CONTROLLER, "tiers")}
-    about = {**lab.machine(), "versions": f"Slurm {version}, ansible-core {lab.ansible_version()}"}
-    prepare(controller)
+    budget = float(json.loads(controller.run(f"cat /cluster/shared/ai/plans/{FAST}.json"))["drain_seconds"])
+    about = {
+        **lab.machine(),
+        "versions": f"Slurm {version}, ansible-core {lab.ansible_version()}",
+        "drain budget": f"{budget:g} s",
+    }
     began = time.time()
     rounds: list[Round] = []
+    failed: list[str] = []
     try:
+        prepare(controller)
         wait_served(controller, (FAST, REASONING))
+        tokens = {SHORT: short_tokens(controller.address, budget), LONG: LONG_TOKENS}
         for number in range(1, arguments.rounds + 1):
             idle = baselines(controller)
             # Who comes later finds warmer caches, so each case is first in its turn.
             shift = number % len(CASES)
             for case in CASES[shift:] + CASES[:shift]:
-                rounds.append(play(controller, case, idle[(FAST, REASONING) if case == WIDE else (FAST,)]))
-                one = rounds[-1]
+                baseline = idle[(FAST, REASONING) if case == WIDE else (FAST,)]
+                try:
+                    one = play(controller, case, baseline, tokens.get(case, 0))
+                except RuntimeError as error:
+                    failed.append(f"round {number}, {case}: {error}")
+                    print(failed[-1], file=sys.stderr, flush=True)
+                    continue
+                rounds.append(one)
                 print(
                     f"round {number} of {arguments.rounds}, {case}: waited {one.wait:.2f} s, {one.baseline:.2f} s on "
                     f"idle nodes, drain {one.drain:.2f} s; back after {one.yields[0].running - one.ended:.2f} s",
@@ -511,7 +589,11 @@ def main() -> int:
                 )
         # Accounting lags by a moment.
         time.sleep(5)
-        found = claims(rounds, max(budgets.values()), by_ledger(controller, began, rounds))
+        found = [
+            *claims(rounds, budget),
+            *ledger_claims(controller, began, rounds),
+            Claim("cases that could not be played", [len(failed)], "0", not failed),
+        ]
     finally:
         controller.run(f"rm -rf {FOLDER}")
     text = f"{report.facts(about)}\n\n{preemption_report(found)}"
@@ -521,7 +603,7 @@ def main() -> int:
             print(f"{one.case}: {words}", file=sys.stderr)
     if not arguments.no_report and arguments.rounds >= 20:
         report.write(f"slurm-{'.'.join(version.split('.')[:2])}", text, DOCUMENT)
-    return 0 if all(one.met for one in found) else 1
+    return 0 if all(one.met is not False for one in found) else 1
 
 
 if __name__ == "__main__":

@@ -6,7 +6,9 @@ system. `gleaner report` reads it.
 
 from __future__ import annotations
 
+import contextlib
 import enum
+import errno
 import json
 import os
 import queue
@@ -22,7 +24,7 @@ from gleaner.journal import OnChange, say
 
 VERSION = 1
 WORDS_LIMIT = 300
-FILE_LIMIT = 64 << 20
+LINE_LIMIT = 8192
 RETRY_SECONDS = 2.0
 _NAME = re.compile(r"(\d+)\.jsonl")
 
@@ -81,6 +83,9 @@ def parse(line: bytes) -> Event:
     try:
         value = json.loads(line)
         known = ("v", "at_ms", "tier", "job", "restart", "event")
+        nodes, gpus = value.get("nodes", []), value.get("gpus", 0)
+        if not isinstance(nodes, list) or not all(isinstance(name, str) for name in nodes) or not isinstance(gpus, int):
+            raise ValueError(f"nodes, gpus: got {nodes!r}, {gpus!r}")
         if value["v"] != VERSION:
             raise ValueError(f"v: got {value['v']!r}, want {VERSION}")
         return Event(
@@ -91,23 +96,21 @@ def parse(line: bytes) -> Event:
             kind=Kind(value["event"]),
             more={key: content for key, content in value.items() if key not in known},
         )
-    except (KeyError, TypeError, RecursionError) as error:
+    except (AttributeError, KeyError, OverflowError, TypeError, RecursionError) as error:
         raise ValueError(repr(error)) from None
 
 
-def read(folder: Path, since: float, problems: list[str]) -> list[Event]:
-    """All events of jobs that told any since then, oldest first; what cannot be read is named in `problems`.
+def read(folder: Path, problems: list[str]) -> list[Event]:
+    """All events, oldest first; what cannot be read is named in `problems`.
 
-    Also the older ones of such a job, since what it is doing may have begun long ago.
+    All: what a tier is doing may have begun long ago. A year of fifty preemptions a day is some 100,000 lines.
     """
     found: list[Event] = []
     for path in sorted(folder.iterdir()):
         if _NAME.fullmatch(path.name) is None:
             continue
         try:
-            # Nothing is written to a file after its last event.
-            if path.stat().st_mtime >= since - 60:
-                found += _lines(path, problems)
+            found += _lines(path, problems)
         except OSError as error:
             problems.append(f"{path}: {error.strerror}")
     return sorted(found, key=lambda event: event.at)
@@ -115,10 +118,13 @@ def read(folder: Path, since: float, problems: list[str]) -> list[Event]:
 
 def _lines(path: Path, problems: list[str]) -> Iterator[Event]:
     bad = 0
-    with path.open("rb") as stream:
-        for line in stream.read(FILE_LIMIT).splitlines():
+    # The folder is the service user's, the reader is root: no links, and no pipe that would hang.
+    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    with os.fdopen(fd, "rb") as stream:
+        for line in iter(lambda: stream.readline(LINE_LIMIT), b""):
             try:
-                yield parse(line)
+                if line.strip():
+                    yield parse(line)
             except ValueError:
                 bad += 1
     if bad:
@@ -133,8 +139,8 @@ class Log:
         self._tier, self._run = tier, run
         self._queue: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
         self._kept: list[Event] = []
+        self._torn = False
         self._changes = OnChange()
-        self._ending = threading.Event()
         self._thread = threading.Thread(target=self._work, name="events", daemon=True)
         self._thread.start()
 
@@ -145,12 +151,18 @@ class Log:
     def close(self, timeout_seconds: float) -> None:
         """Write what is left, in so much time at most; the rest goes to the supervisor's own log."""
         self._queue.put(None)
-        self._ending.set()
         self._thread.join(timeout_seconds)
         if self._thread.is_alive():
             say(f"events: {self._path.parent} does not answer")
-        for event in list(self._kept):
+        for event in [*self._kept, *self._rest()]:
             say(f"event not written: {event.encode().decode().strip()}")
+
+    def _rest(self) -> Iterator[Event]:
+        with contextlib.suppress(queue.Empty):
+            while True:
+                event = self._queue.get_nowait()
+                if event is not None:
+                    yield event
 
     def _work(self) -> None:
         while True:
@@ -166,16 +178,17 @@ class Log:
             self._write()
 
     def _write(self) -> None:
-        """Append all that is kept; one call, so that a line is whole or not there."""
+        """Append all that is kept, by one call."""
         if not self._kept:
             return
-        data = b"".join(event.encode() for event in self._kept)
+        # After a part of a line that was written the next one begins anew.
+        data = b"\n" * self._torn + b"".join(event.encode() for event in self._kept)
         try:
             fd = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
             try:
-                written = os.write(fd, data)
-                if written < len(data):
-                    raise OSError(28, "only a part could be written")
+                self._torn = os.write(fd, data) < len(data)
+                if self._torn:
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             finally:
                 os.close(fd)
         except OSError as error:

@@ -16,6 +16,7 @@ from gleaner import digest
 from gleaner.states import Cause
 
 _ABSENT = {"", "N/A", "None", "(null)", "Unknown"}
+ACCOUNTING_SECONDS = 300.0
 # Slurm looks at time limits about once a minute.
 _LIMIT_RESOLUTION_SECONDS = 60
 # A node in any other state, or with any other mark (`*` does not answer, DRAIN, MAINT, …), starts no job of ours.
@@ -266,7 +267,6 @@ class Run:
     """One run of a job, from accounting: a job that was requeued has several. Times are unix seconds."""
 
     job: int
-    name: str
     user: str
     state: str
     submitted: int
@@ -277,21 +277,32 @@ class Run:
     gpus: int
 
 
-def runs(nodes: Sequence[str], since: float, until: float, timeout_seconds: float = 120.0) -> list[Run]:
-    """Everybody's runs on these nodes that were there at some time from `since` to `until`, by their start."""
-    text = run(
+def _sacct(since: float, until: float, *more: str) -> str:
+    return run(
         [
-            *("sacct", "--allusers", "--allocations", "--duplicates", "--noheader", "--parsable2"),
-            f"--nodelist={','.join(nodes)}",
+            *("sacct", "--allocations", "--duplicates", "--noheader", "--parsable2"),
             f"--starttime={_local(since)}",
             f"--endtime={_local(until)}",
-            # The name is the last one, since it may hold the separator.
-            "--format=JobIDRaw,User,State,Submit,Start,End,NodeList,AllocTRES,JobName",
+            *more,
         ],
-        timeout_seconds,
+        ACCOUNTING_SECONDS,
         SLURM_TIME_FORMAT="%s",
     )
-    return parse_runs(text)
+
+
+def runs(since: float, until: float, problems: list[str]) -> list[Run]:
+    """Everybody's runs that were there at some time from `since` to `until`, by their start.
+
+    What cannot be read is left out and named in `problems`.
+    """
+    fields = "JobIDRaw,User,State,Submit,Start,End,NodeList,AllocTRES"
+    return parse_runs(_sacct(since, until, "--allusers", f"--format={fields}"), problems)
+
+
+def names_of(user: str, since: float, until: float) -> dict[int, str]:
+    """The names of a user's jobs. Others may hold whatever, so theirs are not asked for."""
+    rows = _sacct(since, until, f"--user={user}", "--format=JobIDRaw,JobName").split("\n")
+    return {int(job): name for job, _, name in (row.partition("|") for row in rows) if job.isdigit()}
 
 
 def _local(at: float) -> str:
@@ -299,13 +310,14 @@ def _local(at: float) -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(at))
 
 
-def parse_runs(text: str) -> list[Run]:
+def parse_runs(text: str, problems: list[str]) -> list[Run]:
     """Lines of sacct; runs that never started are left out."""
     found = []
-    for row in text.splitlines():
-        cells = row.split("|", 8)
-        if len(cells) != 9 or not cells[0].isdigit():
-            raise SlurmError(f"sacct: cannot read the line {row[:80]!r}")
+    for row in filter(None, text.split("\n")):
+        cells = row.split("|")
+        if len(cells) != 8 or not cells[0].isdigit():
+            problems.append(f"sacct: cannot read the line {row[:80]!r}")
+            continue
         submitted, started, ended = (int(cell) if cell.isdigit() else None for cell in cells[3:6])
         if started is None:
             continue
@@ -313,9 +325,8 @@ def parse_runs(text: str) -> list[Run]:
         found.append(
             Run(
                 job=int(cells[0]),
-                name=cells[8],
                 user=cells[1],
-                state=cells[2],
+                state=cells[2].split(" ")[0],
                 submitted=started if submitted is None else submitted,
                 started=started,
                 ended=ended,

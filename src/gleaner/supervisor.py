@@ -712,8 +712,10 @@ class Supervisor:
                     os.killpg(self.step.pid, signal.SIGKILL)
         # Slurm ends us when we requeue the job.
         self.events.add(Kind.LEFT, exit=int(self.exit))
+        # A file system that hangs is waited for once, not for each.
+        deadline = time.monotonic() + WITHDRAW_SECONDS
         self.events.close(WITHDRAW_SECONDS)
-        self.pulse.stop(WITHDRAW_SECONDS)
+        self.pulse.stop(max(0.0, deadline - time.monotonic()))
         if self.cause is not None and self.cause.requeues and self._ask_why().requeues:
             self._requeue()
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from benchmarks import lab, preemption
 from benchmarks.preemption import FAST, JOBS, NODES, PORTS, REASONING
-from gleaner import events
+from gleaner import events, slurm
 from gleaner.events import Event
 from tests.lab import cluster
 from tests.lab.ansible import LAB_ID
@@ -18,6 +18,7 @@ from tests.lab.cluster import CONTROLLER, run
 
 BOTH = (FAST, REASONING)
 RUNS_SECONDS = 45.0
+BOOKS_SECONDS = 12
 
 
 @cache
@@ -39,14 +40,37 @@ def wait_runs(job: int) -> None:
 
 
 @contextlib.contextmanager
-def paying(*tiers: str) -> Iterator[int]:
+def paying(*tiers: str, begin: str = "now") -> Iterator[int]:
     """An ordinary user's job on these tiers' nodes; gone with the block."""
-    nodes = sorted(node for tier in tiers for node in NODES[tier])
-    job = cluster.submit(f"-p gpu_vasp -N{len(nodes)} --gres=gpu:1 --nodelist={','.join(nodes)} --wrap 'sleep 600'")
+    nodes = ",".join(sorted(node for tier in tiers for node in NODES[tier]))
+    job = cluster.submit(
+        f"-p gpu_vasp -N{len(nodes.split(','))} --gres=gpu:1 --nodelist={nodes} --time=10 --begin={begin} "
+        "--wrap 'sleep 600'"
+    )
     try:
         yield job
     finally:
-        cluster.cancel(job)
+        # It may be over, or Slurm away; what failed then is not this.
+        cluster.host(CONTROLLER).run(f"scancel --quiet {job}")
+
+
+@contextlib.contextmanager
+def frozen_when_it_starts(tier: str) -> Iterator[None]:
+    """Its llama-server, when there is one on its first node, is stopped by a signal at once: it goes on loading."""
+    node = NODES[tier][0]
+    unit = "freeze-what-starts"
+    loop = f"until pkill -STOP --uid {cluster.SERVICE_USER} --full '^[^ ]*/llama-server '; do sleep 0.02; done"
+    run(node, f'systemd-run --quiet --collect --unit={unit} sh -c "{loop}"')
+    try:
+        yield
+    finally:
+        cluster.host(node).run(f"systemctl stop {unit}")
+
+
+def wait_in_books(job: int) -> None:
+    """slurmctld writes its state down every few seconds: what is younger it forgets when it is killed."""
+    age = f"squeue --noheader --jobs={job} --Format=TimeUsed"
+    cluster.wait_until("it is in slurmctld's books", lambda: (slurm.seconds(run(CONTROLLER, age)) or 0) > BOOKS_SECONDS)
 
 
 def told(tier: str, job: int) -> list[Event]:
@@ -57,7 +81,7 @@ def told(tier: str, job: int) -> list[Event]:
 
 def ledger(tier: str, since: str = "1d") -> dict[str, Any]:
     """What `gleaner report` says of a tier."""
-    found: list[dict[str, Any]] = json.loads(run(CONTROLLER, f"gleaner report --json --since {since}"))
+    found: list[dict[str, Any]] = json.loads(run(CONTROLLER, f"gleaner report --json --since {since}"))["tiers"]
     return next(one for one in found if one["tier"] == tier)
 
 
@@ -71,8 +95,8 @@ def log(job: int) -> str:
 
 
 def states(job: int) -> set[str]:
-    """What accounting calls the ends of all runs of a job."""
-    text = run(CONTROLLER, f"sacct -X -n -P --duplicates -j {job} -o State")
+    """What accounting calls all runs of a job."""
+    text = run(CONTROLLER, f"sacct -X -n -P --duplicates -S now-1days -j {job} -o State")
     return {line.split()[0] for line in text.splitlines()}
 
 

@@ -198,7 +198,7 @@ def test_preempted_idle_yields_at_once(place: Home) -> None:
 
 def told(place: Home) -> list[events.Event]:
     problems: list[str] = []
-    found = events.read(place.events, 0, problems)
+    found = events.read(place.events, problems)
     assert not problems
     return found
 

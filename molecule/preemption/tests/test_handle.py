@@ -37,8 +37,9 @@ def test_held_and_started() -> None:
         assert held["why"].startswith("held by ")
         assert tier("held").changed == {CONTROLLER: 0}
         # Over the restart of whatever might bring it back, too.
+        before = cursor()
         run(CONTROLLER, "systemctl restart slurmctld gleaner-keeper gleaner-upstream")
-        cluster.wait_until("the keeper has looked", lambda: "left alone" in journal(), 30)
+        cluster.wait_until("the keeper has looked", lambda: "left alone" in said_since(before), 30)
         assert cluster.tier_job() is None
     finally:
         started = tier("started")
@@ -48,8 +49,12 @@ def test_held_and_started() -> None:
     assert "drain: " in preempt.log(job.id)
 
 
-def journal() -> str:
-    return run(CONTROLLER, "journalctl -u gleaner-keeper -o cat --no-pager -n 5")
+def cursor() -> str:
+    return run(CONTROLLER, "journalctl -u gleaner-keeper -n 0 --show-cursor --no-pager").rpartition("-- cursor: ")[2]
+
+
+def said_since(before: str) -> str:
+    return run(CONTROLLER, f"journalctl -u gleaner-keeper -o cat --no-pager --after-cursor='{before}'")
 
 
 def test_restarted() -> None:

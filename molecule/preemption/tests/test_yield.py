@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 
 import pytest
 
 from benchmarks import preemption
-from benchmarks.preemption import CASES, FAST, LONG, REASONING, SHORT, WIDE
+from benchmarks.preemption import CASES, FAST, LONG, LONG_TOKENS, REASONING, SHORT, STREAMS, WIDE
 from gleaner.events import Kind
 from tests.lab import cluster, preempt
 from tests.lab.cluster import CONTROLLER, SERVICE_USER, TIER_NODE, run
 
-TOKENS = preemption.TOKENS[LONG]
+# Of the lab's tiers.
+DRAIN_SECONDS = 5.0
 
 
 @pytest.fixture(autouse=True)
 def _served() -> None:
     preempt.wait_served()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def began() -> float:
+    """When this module began: what was before is others'."""
+    return time.time()
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -27,19 +35,22 @@ def _folder() -> Iterator[None]:
     run(CONTROLLER, f"rm -r {preemption.FOLDER}")
 
 
+@pytest.fixture(scope="module")
+def tokens(_folder: None) -> dict[str, int]:
+    preempt.wait_served()
+    return {SHORT: preemption.short_tokens(preempt.controller().address, DRAIN_SECONDS), LONG: LONG_TOKENS}
+
+
 @pytest.mark.parametrize("case", CASES)
-def test_clients_are_served_or_told_and_the_tier_is_back(case: str) -> None:
+def test_clients_are_served_or_told_and_the_tier_is_back(case: str, tokens: dict[str, int]) -> None:
     tiers = (FAST, REASONING) if case == WIDE else (FAST,)
     before = {tier: preempt.tier_job(tier) for tier in tiers}
-    played = preemption.play(preempt.controller(), case, 0.0)
+    played = preemption.play(preempt.controller(), case, 0.0, tokens.get(case, 0))
     assert played.wrong == ()
-    if case == SHORT:
+    if case in STREAMS:
         assert played.stream is not None
-        assert played.stream.done, played.stream
-    elif case == LONG:
-        assert played.stream is not None
-        assert not played.stream.done, "what was cut must not look whole"
-        assert played.stream.pieces > 3
+        assert played.stream.done is (case == SHORT), played.stream
+        assert bool(played.stream.error) is (case == LONG), "a connection that is closed, not a stream that looks whole"
     for tier, job in before.items():
         after = preempt.tier_job(tier)
         assert (after.id, after.restarts) == (job.id, job.restarts + 1)
@@ -54,16 +65,18 @@ def test_while_a_model_loads() -> None:
     job = preempt.tier_job(REASONING)
     with preempt.paying(REASONING) as first:
         preempt.wait_runs(first)
-    cluster.wait_until("it loads", lambda: cluster.status(REASONING)["state"] == "loading", 60, 0.05)
-    with preempt.paying(REASONING) as second:
-        preempt.wait_runs(second)
-        last = [one for one in preempt.told(REASONING, job.id) if one.restart == job.restarts + 1]
-        assert [one.kind for one in last] == [Kind.STARTED, Kind.SIGNALLED, Kind.LEFT]
+    # Its workers are there, but stopped as soon as they are: loading takes as long as this test wants.
+    with preempt.frozen_when_it_starts(REASONING):
+        cluster.wait_until("it loads", lambda: cluster.status(REASONING)["state"] == "loading", 60, 0.05)
+        with preempt.paying(REASONING) as second:
+            preempt.wait_runs(second)
+            last = [one for one in preempt.told(REASONING, job.id) if one.restart == job.restarts + 1]
+            assert [one.kind for one in last] == [Kind.STARTED, Kind.SIGNALLED, Kind.LEFT]
 
 
 def test_a_second_signal_cuts_no_stream() -> None:
     job = preempt.tier_job(FAST)
-    stream = preemption.begin_stream(preempt.controller().address, TOKENS)
+    stream = preemption.begin_stream(preempt.controller().address, LONG_TOKENS)
     with preempt.paying(FAST) as paying:
         cluster.wait_until("it drains", lambda: "told to stop (signal): preempted" in preempt.log(job.id), 10, 0.05)
         pieces = stream.pieces
@@ -77,7 +90,7 @@ def test_a_second_signal_cuts_no_stream() -> None:
 
 def test_a_server_that_does_not_hear_the_signal() -> None:
     job = preempt.tier_job(FAST)
-    stream = preemption.begin_stream(preempt.controller().address, TOKENS)
+    stream = preemption.begin_stream(preempt.controller().address, LONG_TOKENS)
     with preempt.paying(FAST) as paying:
         cluster.wait_until("it drains", lambda: "told to stop (signal): preempted" in preempt.log(job.id), 10, 0.05)
         run(TIER_NODE, f"pkill -STOP --uid {SERVICE_USER} llama-server")
@@ -98,13 +111,16 @@ def test_without_the_keeper() -> None:
         run(CONTROLLER, "systemctl start gleaner-keeper")
 
 
-def test_the_ledger_has_it_all() -> None:
+def test_the_ledger_has_it_all(began: float) -> None:
     for tier in preempt.BOTH:
-        told = preempt.ledger(tier)
+        told = preempt.ledger(tier, f"@{int(began)}")
         assert told["preemptions"] >= 2
         assert told["waited"]["count"] >= 2
         assert told["gpu_hours"] > 0
-        assert 0 < told["served_share"] < 1
+        assert 0 < told["available_share"] < 1
         assert told["differences"] == []
-    text = run(CONTROLLER, "gleaner report")
+    text = run(CONTROLLER, "gleaner report --since 1h")
     assert "others waited for us" in text
+    refused = cluster.run_as("alice", CONTROLLER, "gleaner", "report")
+    assert refused.returncode == 2
+    assert "cure: sudo" in refused.stderr

@@ -12,11 +12,9 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from benchmarks import preemption
-from benchmarks.preemption import FAST, LONG
+from benchmarks.preemption import FAST, LONG_TOKENS
 from tests.lab import cluster, preempt, split
 from tests.lab.cluster import CONTROLLER, REGISTRY, SERVICE_USER, TIER_NODE, run
-
-TOKENS = preemption.TOKENS[LONG]
 
 
 @pytest.fixture(autouse=True)
@@ -36,29 +34,32 @@ def assert_told() -> None:
 
 
 def stream() -> preemption.Stream:
-    return preemption.begin_stream(preempt.controller().address, TOKENS)
+    return preemption.begin_stream(preempt.controller().address, LONG_TOKENS)
 
 
 @contextlib.contextmanager
 def read_only() -> Iterator[None]:
-    run(TIER_NODE, f"mount --bind {REGISTRY} {REGISTRY} && mount -o remount,bind,ro {REGISTRY}")
     try:
+        run(TIER_NODE, f"mount --bind {REGISTRY} {REGISTRY} && mount -o remount,bind,ro {REGISTRY}")
         yield
     finally:
-        run(TIER_NODE, f"umount {REGISTRY}")
+        cluster.host(TIER_NODE).run(f"umount --lazy {REGISTRY}")
 
 
 @contextlib.contextmanager
 def full() -> Iterator[None]:
     """The node's registry is another one, which is full: the controller's keeps a record that nobody takes away."""
     copy = "/run/registry"
-    run(TIER_NODE, f"mkdir -p {copy} && cp -a {REGISTRY}/. {copy}/")
-    run(TIER_NODE, f"mount -t tmpfs -o size=16k none {REGISTRY} && cp -a {copy}/. {REGISTRY}/ && rm -r {copy}")
-    run(TIER_NODE, f"dd if=/dev/zero of={REGISTRY}/filler bs=4k 2>/dev/null; chown {SERVICE_USER}: {REGISTRY}")
     try:
+        run(TIER_NODE, f"mkdir -p {copy} && cp -a {REGISTRY}/*.json {REGISTRY}/*.alive {copy}/")
+        run(TIER_NODE, f"mount -t tmpfs -o size=64k none {REGISTRY} && cp -a {copy}/. {REGISTRY}/")
+        run(
+            TIER_NODE,
+            f"chown {SERVICE_USER}: {REGISTRY}; dd if=/dev/zero of={REGISTRY}/filler bs=4k 2>/dev/null || true",
+        )
         yield
     finally:
-        run(TIER_NODE, f"umount --lazy {REGISTRY}")
+        cluster.host(TIER_NODE).run(f"umount --lazy {REGISTRY}; rm -rf {copy}")
 
 
 @contextlib.contextmanager
@@ -67,13 +68,13 @@ def gone() -> Iterator[None]:
     try:
         yield
     finally:
-        run(CONTROLLER, f"mv {REGISTRY}.away {REGISTRY}")
+        run(CONTROLLER, f"mv -T {REGISTRY}.away {REGISTRY}")
 
 
 @pytest.mark.parametrize("broken", [read_only, full, gone])
 def test_the_registry_cannot_be_written(broken: Callable[[], contextlib.AbstractContextManager[None]]) -> None:
     job = preempt.tier_job(FAST)
-    with preempt.paying(FAST) as paying, broken():
+    with broken(), preempt.paying(FAST) as paying:
         preempt.wait_runs(paying)
         assert_told()
         assert preempt.left_on(TIER_NODE) == []
@@ -82,10 +83,25 @@ def test_the_registry_cannot_be_written(broken: Callable[[], contextlib.Abstract
     assert (after.id, after.restarts) == (job.id, job.restarts + 1)
 
 
+def test_the_event_log_cannot_be_written() -> None:
+    job = preempt.tier_job(FAST)
+    run(CONTROLLER, f"mv {preemption.EVENTS} {preemption.EVENTS}.away")
+    try:
+        with preempt.paying(FAST) as paying:
+            preempt.wait_runs(paying)
+            assert "event not written: " in preempt.log(job.id)
+    finally:
+        run(CONTROLLER, f"mv -T {preemption.EVENTS}.away {preemption.EVENTS}")
+    cluster.wait_served()
+
+
 def test_slurmctld_dies_while_the_tier_yields() -> None:
     job = preempt.tier_job(FAST)
-    flowing = stream()
-    with preempt.paying(FAST) as paying:
+    preempt.wait_in_books(job.id)
+    # The paying job is in the books, too, before it preempts.
+    with preempt.paying(FAST, begin=f"now+{preempt.BOOKS_SECONDS}") as paying:
+        time.sleep(preempt.BOOKS_SECONDS - 3)
+        flowing = stream()
         draining(job.id)
         run(CONTROLLER, "systemctl kill --signal=KILL slurmctld && systemctl stop slurmctld")
         try:
@@ -118,18 +134,20 @@ def test_slurmdbd_is_down_while_the_tier_yields() -> None:
 def test_the_node_dies_while_the_tier_yields() -> None:
     job = preempt.tier_job(FAST)
     flowing = stream()
-    with preempt.paying(FAST):
+    with preempt.paying(FAST) as paying:
         draining(job.id)
         cluster.host(TIER_NODE).run("systemctl reboot --force --force")
         cluster.wait_until("the stream has ended", lambda: flowing.ended, split.GONE_SECONDS, 0.05)
         assert not flowing.done
         assert_told()
         cluster.wait_until("the node is there again", lambda: split.reaches(TIER_NODE), 60, 1)
+        cluster.wait_until("the paying job runs", lambda: preempt.runs(paying), 180, 1)
     cluster.wait_served(180)
 
 
 def test_the_controller_is_rebooted_while_a_tier_runs() -> None:
     job, server = preempt.tier_job(FAST), cluster.router_pid()
+    preempt.wait_in_books(job.id)
     cluster.host(CONTROLLER).run("systemctl reboot --force --force")
     cluster.wait_until("the controller is there again", lambda: split.reaches(CONTROLLER), 60, 1)
     cluster.wait_until("slurmctld answers", lambda: cluster.host(CONTROLLER).run("squeue").rc == 0, 60, 1)
