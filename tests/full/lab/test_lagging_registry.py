@@ -1,7 +1,7 @@
 """The gateway sees the registry half a minute late, as some shared file systems may: routing does not wait for it.
 
-mergerfs, which can be told how long the kernel is to believe what it knew, shows the registry in a second place, where
-the updater reads it; the records below it are the real ones.
+mergerfs can be told how long the kernel is to believe what it knew. It shows the registry in a second place, where the
+updater reads it; the records below it are the real ones.
 """
 
 from __future__ import annotations
