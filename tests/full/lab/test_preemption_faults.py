@@ -13,6 +13,7 @@ import pytest
 
 from benchmarks import preemption
 from benchmarks.preemption import FAST, LONG_TOKENS
+from gleaner import slurm
 from tests.lab import cluster, preempt, split
 from tests.lab.cluster import CONTROLLER, REGISTRY, SERVICE_USER, TIER_NODE, run
 
@@ -114,6 +115,33 @@ def test_slurmctld_dies_while_the_tier_yields() -> None:
             run(CONTROLLER, "systemctl start slurmctld")
         preempt.wait_runs(paying)
     cluster.wait_served()
+    assert "FAILED" not in preempt.states(job.id)
+
+
+def test_slurm_does_not_answer_when_the_tier_asks_why() -> None:
+    job = preempt.tier_job(FAST)
+    preempt.wait_in_books(job.id)
+    run(CONTROLLER, "systemctl stop slurmctld")
+    try:
+        (supervisor,) = cluster.pids(TIER_NODE, "pyz supervise")
+        run(TIER_NODE, f"kill -TERM {supervisor}")
+        cluster.wait_until("it has yielded", lambda: not preempt.left_on(TIER_NODE), 30)
+        assert "told to stop (signal): unanswered" in preempt.log(job.id)
+        assert_told()
+    finally:
+        run(CONTROLLER, "systemctl start slurmctld")
+    cluster.wait_served()
+    assert "FAILED" not in preempt.states(job.id)
+
+
+def test_a_job_at_its_time_limit_is_followed_by_another() -> None:
+    job = preempt.tier_job(FAST)
+    ran = slurm.seconds(run(CONTROLLER, f"squeue --noheader --jobs={job.id} --Format=TimeUsed")) or 0
+    run(CONTROLLER, f"scontrol update JobId={job.id} TimeLimit={ran // 60 + 2}")
+    cluster.wait_until("it stops", lambda: "told to stop (signal): time limit" in preempt.log(job.id), 200, 1)
+    cluster.wait_until("another one runs", lambda: preempt.tier_job(FAST).id != job.id)
+    cluster.wait_served()
+    assert cluster.status(FAST)["state"] == "serving"
     assert "FAILED" not in preempt.states(job.id)
 
 
