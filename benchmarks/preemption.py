@@ -50,6 +50,8 @@ PAYING_SECONDS = 5.0
 # A refusal by the gateway alone takes less; what takes longer was handed over.
 REFUSAL_SECONDS = 0.3
 COMMAND_SECONDS = 180.0
+# One case that cannot be played does not cost the others.
+FAILURES = (RuntimeError, subprocess.SubprocessError, ValueError)
 
 # Bars, in seconds.
 EXTRA_BAR = 1.0
@@ -57,7 +59,8 @@ WORST_BAR = 3.0
 ROUTED_BAR = 1.0
 CUT_BAR = 1.0
 CUT_EARLY = 0.3
-LEDGER_BAR = 1.0
+# Slurm starts a job in the second whose end the ledger has; its script runs a moment later, more on a busy machine.
+LEDGER_BARS = (-2.0, 1.0)
 RETURN_BAR = 3.0
 
 IDLE, SHORT, LONG, WIDE = "nothing in flight", "a short stream", "a long stream", "all nodes, nothing in flight"
@@ -253,13 +256,17 @@ class Asking:
             if thread.is_alive():
                 self.answers.append(Asked(time.time(), 0, 2 * ASK_SECONDS, "no answer at all"))
 
-    def handed_over(self, before: float) -> list[Asked]:
-        """Requests sent before a time that reached the tier: answered, or refused later than the gateway alone does."""
+    def handed_over(self, before: float, cut: float) -> list[Asked]:
+        """Requests sent before a time that reached the tier: answered, or refused only when the server was cut."""
         with self._lock:
             return [
                 one
                 for one in self.answers
-                if one.at < before and (one.status == 200 or (one.status == 503 and one.seconds > REFUSAL_SECONDS))
+                if one.at < before
+                and (
+                    one.status == 200
+                    or (one.status == 503 and one.seconds > REFUSAL_SECONDS and one.at + one.seconds > cut)
+                )
             ]
 
     def first_served(self, after: float) -> float | None:
@@ -360,7 +367,8 @@ def baselines(controller: Controller) -> dict[tuple[str, ...], float]:
         return {tiers: idle_wait(controller, tiers) for tiers in ((FAST,), (FAST, REASONING))}
     finally:
         for tier in (FAST, REASONING):
-            controller.run(f"gleaner tier {tier} started")
+            with contextlib.suppress(*FAILURES):
+                controller.run(f"gleaner tier {tier} started")
         wait_served(controller, (FAST, REASONING))
 
 
@@ -378,13 +386,14 @@ def yielded(controller: Controller, tier: str, since: float, asking: Asking) -> 
     served = asking.first_served(running)
     if served is None:
         return None
-    handed = asking.handed_over(left)
-    if not handed:
+    drained = at(Kind.DRAINED) or left
+    handed = asking.handed_over(left, drained - CUT_EARLY)
+    if not any(one.status == 200 for one in handed):
         raise RuntimeError(f"{tier}: nothing was asked before it left")
     return Yield(
         tier=tier,
         signalled=signalled,
-        drained=at(Kind.DRAINED) or left,
+        drained=drained,
         left=left,
         last_sent=max(one.at for one in handed),
         in_flight=max(one.at + one.seconds for one in handed if one.status == 200),
@@ -530,8 +539,8 @@ def ledger_claims(controller: Controller, since: float, rounds: Sequence[Round])
         Claim(
             "the ledger's wait, less the one by this clock",
             off,
-            "-1 to 1",
-            bool(off) and all(abs(one) <= LEDGER_BAR for one in off),
+            "{:g} to {:g}".format(*LEDGER_BARS),
+            bool(off) and min(off) >= LEDGER_BARS[0] and max(off) <= LEDGER_BARS[1],
         ),
         Claim("waits that the ledger does not know", [missing], "0", missing == 0),
         Claim("differences between events and accounting", [len(differs)], "0", not differs),
@@ -570,15 +579,20 @@ def main() -> int:
         wait_served(controller, (FAST, REASONING))
         tokens = {SHORT: short_tokens(controller.address, budget), LONG: LONG_TOKENS}
         for number in range(1, arguments.rounds + 1):
-            idle = baselines(controller)
+            try:
+                idle = baselines(controller)
+            except FAILURES as error:
+                failed.append(f"round {number}, idle nodes: {error!r}")
+                print(failed[-1], file=sys.stderr, flush=True)
+                continue
             # Who comes later finds warmer caches, so each case is first in its turn.
             shift = number % len(CASES)
             for case in CASES[shift:] + CASES[:shift]:
                 baseline = idle[(FAST, REASONING) if case == WIDE else (FAST,)]
                 try:
                     one = play(controller, case, baseline, tokens.get(case, 0))
-                except RuntimeError as error:
-                    failed.append(f"round {number}, {case}: {error}")
+                except FAILURES as error:
+                    failed.append(f"round {number}, {case}: {error!r}")
                     print(failed[-1], file=sys.stderr, flush=True)
                     continue
                 rounds.append(one)

@@ -39,6 +39,7 @@ HOLDING_STATES = {"CONFIGURING", "RUNNING", "COMPLETING"}
 WAITING_REASONS = ("None", "Priority", "Resources", "ReqNodeNotAvail", "Nodes required for job")
 # After each claim that did not lead to a good run, the next one needs twice the wait; so often at most.
 CLAIM_DOUBLINGS = 6
+REQUEUED_SECONDS = 2
 # Slurm has so much longer than claim_after_seconds to start a job whose nodes are free.
 START_SECONDS = 60.0
 LIVING_STATES = {"PENDING", "CONFIGURING", "RUNNING", "SUSPENDED", "STOPPED", "COMPLETING"}
@@ -393,8 +394,11 @@ class Keeper:
         if job.state != "PENDING":
             return
         if job.reason == "BeginTime":
-            slurm.start_soon(job.id)
-            say(f"{tier.tier}: job {job.id} was requeued, its wait is ended")
+            # At the first look it may have been requeued in this very second.
+            first = self.changes.say(
+                f"{tier.tier}/wait", f"{tier.tier}: job {job.id} restart {job.restarts}: its wait is ended"
+            )
+            slurm.start_soon(job.id, REQUEUED_SECONDS if first else 0)
         elif held_by_slurm(job):
             key = f"{tier.tier}/{job.id}/{job.restarts}"
             if self.changes.say(key, f"{tier.tier}: Slurm holds job {job.id}: {job.reason}"):

@@ -30,6 +30,7 @@ from gleaner.states import Cause
 CLOCKS_SECONDS = 1.0
 # A run that ends sooner may have had no time to tell anything.
 SHORT_SECONDS = 3.0
+LAG_SECONDS = 60.0
 DAY_SECONDS = 86400.0
 WORST = 5
 # One that Slurm did not explain in time was most likely one, too.
@@ -136,8 +137,13 @@ def stays(told: Iterable[Event], accounted: Sequence[slurm.Run], end: float) -> 
 
 
 def _run_of(start: Event, by_job: dict[int, list[slurm.Run]]) -> slurm.Run | None:
-    """The run of a job whose supervisor started then: the last that had begun."""
-    begun = [run for run in by_job.get(start.job, []) if run.started <= start.at + CLOCKS_SECONDS]
+    """The run of a job whose supervisor started then: the last that had begun, and was not over."""
+    begun = [
+        run
+        for run in by_job.get(start.job, [])
+        if run.started <= start.at + CLOCKS_SECONDS
+        and (run.ended is None or run.ended + 1.0 + CLOCKS_SECONDS >= start.at)
+    ]
     return max(begun, key=lambda run: run.started, default=None)
 
 
@@ -190,7 +196,8 @@ def waits(vacated: Iterable[Stay], others: Others) -> list[Wait]:
                 if run.started > over:
                     # What starts where another one has ended has waited for that one.
                     break
-                over = min(over, math.inf if run.ended is None else run.ended)
+                if run.started >= math.floor(stay.preempted):
+                    over = min(over, math.inf if run.ended is None else run.ended)
                 if run.submitted > stay.gone:
                     continue
                 since = max(stay.preempted, float(run.submitted))
@@ -237,7 +244,8 @@ def differences(told: Sequence[Stay], accounted: Sequence[slurm.Run], period: Sp
     lines += [
         f"job {stay.job} restart {stay.restart}, started {_when(stay.started)}: accounting does not know it"
         for stay in mine
-        if stay.run is None
+        # Accounting lags.
+        if stay.run is None and period.end - stay.started > LAG_SECONDS
     ]
     lines += [
         f"{_run(stay.run)}: accounting says that it was preempted, its supervisor was not told"

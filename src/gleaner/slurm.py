@@ -369,13 +369,13 @@ def release(job_id: int) -> None:
     run(["scontrol", "release", str(job_id)])
 
 
-def start_soon(job_id: int) -> None:
-    """End the wait that Slurm gives a requeued job.
+def start_soon(job_id: int, seconds: int) -> None:
+    """End the wait that Slurm gives a requeued job, in so many seconds.
 
-    Not at once: a node refuses a job that starts in the very second in which its credential of the run before was
-    revoked ("Job credential revoked"), and Slurm counts whole seconds.
+    Not at once where it may have just been requeued: a node refuses a job that starts in the very second in which its
+    credential of the run before was revoked ("Job credential revoked"), and Slurm counts whole seconds.
     """
-    run(["scontrol", "update", f"JobId={job_id}", "StartTime=now+2"])
+    run(["scontrol", "update", f"JobId={job_id}", f"StartTime=now+{seconds}" if seconds else "StartTime=now"])
 
 
 def hosts(expression: str) -> list[str]:

@@ -246,7 +246,11 @@ class Supervisor:
         self.pulse.start()
         gpus = self.plan.gpus * len(self.where.nodes)
         self.events.add(Kind.STARTED, nodes=list(self.where.nodes), gpus=gpus)
-        self._start_step()
+        # A signal that came before this program could hear it is lost: the job script lets it pass.
+        if self._ask_why() in (Cause.PREEMPTED, Cause.CANCELLED):
+            self._told_to_stop("seen at the start")
+        if self.phase is Phase.GATHERING:
+            self._start_step()
         while self.phase is not Phase.LEAVING:
             self.pulse.turn()
             for key, _ in self.selector.select(TICK_SECONDS):

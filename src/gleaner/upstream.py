@@ -497,8 +497,9 @@ class Watched:
     target: Record | None = None
     """What `probe` looks at, and what the tier is routed to while it is."""
     parting: Probe | None = None
-    """A last look at the server that was routed to before, at `parted`."""
+    """A look at the server that was routed to before, at `parted`, while there is one."""
     parted: str = ""
+    part_at: float = 0.0
     line: Line | None = None
     """To the supervisor of what was routed to last."""
     line_at: float = 0.0
@@ -565,7 +566,7 @@ class Updater:
             self._hear(watched)
         for watched in self.watched:
             self._look(watched, readings[watched.config.tier], now)
-            self._part(watched)
+            self._part(watched, now)
             self._hold_line(watched, now)
 
     def _ask_slurm(self) -> None:
@@ -667,6 +668,8 @@ class Updater:
         was_up = router.up
         if router.route(target, tier.nodes[target.host], tier.node_port):
             memory.good = target
+            if watched.parted == tier.nodes[target.host]:
+                self._forget_parting(watched)
             if not was_up:
                 say(f"{tier.tier}: routed to {target.host}, job {target.job} restart {target.restart}")
 
@@ -686,13 +689,19 @@ class Updater:
         else:
             watched.parting = self._health_probe(watched, address)
 
-    def _part(self, watched: Watched) -> None:
+    def _part(self, watched: Watched, now: float) -> None:
+        """Look at the server that was left for as long as there is one: its host may be lost while it drains."""
+        if watched.parting is None and watched.parted and now >= watched.part_at:
+            watched.parting = self._health_probe(watched, watched.parted)
         probe = watched.parting
         if probe is None or not (probe.advance() or probe.connected):
             return
+        place = watched.parted
         self._forget_parting(watched)
-        if not probe.connected and probe.failure != "refused":
-            self._sever(watched, watched.parted)
+        if probe.connected:
+            watched.parted, watched.part_at = place, now + self.config.poll_seconds
+        elif probe.failure != "refused":
+            self._sever(watched, place)
 
     def _sever(self, watched: Watched, address: str) -> None:
         failure = self.sever(address, watched.config.node_port)
@@ -700,6 +709,7 @@ class Updater:
 
     @staticmethod
     def _forget_parting(watched: Watched) -> None:
+        watched.parted = ""
         if watched.parting is not None:
             watched.parting.close()
             watched.parting = None

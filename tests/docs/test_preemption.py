@@ -84,8 +84,9 @@ def test_a_run_without_a_case_meets_no_bar_of_it() -> None:
 
 def test_what_was_handed_over_is_told_from_what_the_gateway_refused() -> None:
     asking = preemption.Asking("nowhere", FAST, health=False)
-    asking.answers = [Asked(100.0, 200, 0.1), Asked(100.5, 503, 4.5), Asked(101.0, 503, 0.01), Asked(120.0, 200, 0.1)]
-    assert [one.at for one in asking.handed_over(105.0)] == [100.0, 100.5]
+    asking.answers = [Asked(100.0, 200, 0.1), Asked(100.5, 503, 4.5), Asked(101.0, 503, 0.01), Asked(101.5, 503, 0.4)]
+    asking.answers.append(Asked(120.0, 200, 0.1))
+    assert [one.at for one in asking.handed_over(105.2, 104.9)] == [100.0, 100.5]
     assert asking.first_served(105.0) == pytest.approx(120.1)
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any
 
@@ -40,12 +41,11 @@ def wait_runs(job: int) -> None:
 
 
 @contextlib.contextmanager
-def paying(*tiers: str, begin: str = "now") -> Iterator[int]:
+def paying(*tiers: str) -> Iterator[int]:
     """An ordinary user's job on these tiers' nodes; gone with the block."""
     nodes = ",".join(sorted(node for tier in tiers for node in NODES[tier]))
     job = cluster.submit(
-        f"-p gpu_vasp -N{len(nodes.split(','))} --gres=gpu:1 --nodelist={nodes} --time=10 --begin={begin} "
-        "--wrap 'sleep 600'"
+        f"-p gpu_vasp -N{len(nodes.split(','))} --gres=gpu:1 --nodelist={nodes} --time=10 --wrap 'sleep 600'"
     )
     try:
         yield job
@@ -55,16 +55,23 @@ def paying(*tiers: str, begin: str = "now") -> Iterator[int]:
 
 
 @contextlib.contextmanager
-def frozen_when_it_starts(tier: str) -> Iterator[None]:
-    """Its llama-server, when there is one on its first node, is stopped by a signal at once: it goes on loading."""
+def frozen_when_it_starts(tier: str) -> Iterator[Callable[[], bool]]:
+    """Its llama-server, when there is one on its first node, is stopped by a signal at once.
+
+    It loads as long as the supervisor bears that, which are three seconds.
+    """
     node = NODES[tier][0]
     unit = "freeze-what-starts"
     loop = f"until pkill -STOP --uid {cluster.SERVICE_USER} --full '^[^ ]*/llama-server '; do sleep 0.02; done"
     run(node, f'systemd-run --quiet --collect --unit={unit} sh -c "{loop}"')
     try:
-        yield
+        yield functools.partial(_has_frozen, node, unit)
     finally:
         cluster.host(node).run(f"systemctl stop {unit}")
+
+
+def _has_frozen(node: str, unit: str) -> bool:
+    return bool(cluster.host(node).run(f"systemctl is-active {unit}").rc != 0)
 
 
 def wait_in_books(job: int) -> None:
@@ -90,8 +97,10 @@ def left_on(node: str) -> list[int]:
     return cluster.pids(node, ".")
 
 
-def log(job: int) -> str:
-    return run(CONTROLLER, f"cat /cluster/shared/ai/logs/{job}/supervisor.log")
+def log(job: cluster.Job) -> str:
+    """What the supervisor of this very run has said: a job that was requeued goes on in the same file."""
+    text = run(CONTROLLER, f"cat /cluster/shared/ai/logs/{job.id}/supervisor.log")
+    return text.rpartition(f": job {job.id} restart {job.restarts} on ")[2]
 
 
 def states(job: int) -> set[str]:

@@ -244,6 +244,14 @@ def test_events_that_cannot_be_written_are_in_the_supervisors_log(place: Home) -
     assert "events: cannot be written to" in log
 
 
+def test_a_signal_that_came_before_it_could_be_heard(place: Home) -> None:
+    place.set(place.slurm / "job", job_text(preempted="2026-11-24T01:10:00"))
+    assert supervise(place).wait(10) == Exit.STOPPED
+    assert "told to stop (seen at the start): preempted" in place.log("supervise")
+    assert place.calls_of("srun") == []
+    assert place.calls_of("scontrol requeue") == ["scontrol requeue 41"]
+
+
 def test_preempted_busy_drains_first(place: Home) -> None:
     child = supervise(place)
     wait_for(lambda: served(place))

@@ -532,6 +532,27 @@ def test_the_probe_under_way_is_the_last_look(site: Site, monkeypatch: pytest.Mo
     assert probe.failure == "timeout"
 
 
+def test_a_host_that_is_lost_while_its_server_drains(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(upstream, "CONNECT_TIMEOUT", 0.5)
+    routed(site)
+    site.queue("")
+    site.until(lambda: not site.up)
+    site.turn_for(0.5)
+    assert site.severed == []
+    with gone(site):
+        site.until(lambda: site.severed)
+
+
+def test_a_server_that_is_routed_again_is_looked_at_as_ever(site: Site) -> None:
+    routed(site)
+    site.queue("")
+    site.until(lambda: not site.up)
+    assert site.updater.watched[0].parted
+    site.queue(queue_line())
+    site.until(lambda: site.up)
+    assert not site.updater.watched[0].parted
+
+
 def test_a_host_that_did_not_answer_needs_no_last_look(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(upstream, "CONNECT_TIMEOUT", 1.0)
     routed(site)

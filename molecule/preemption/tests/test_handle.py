@@ -46,7 +46,7 @@ def test_held_and_started() -> None:
     assert started.changed == {CONTROLLER: 1}
     cluster.wait_served()
     assert tier("started").changed == {CONTROLLER: 0}
-    assert "drain: " in preempt.log(job.id)
+    assert "drain: " in preempt.log(job)
 
 
 def cursor() -> str:

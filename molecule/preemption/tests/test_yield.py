@@ -65,9 +65,8 @@ def test_while_a_model_loads() -> None:
     job = preempt.tier_job(REASONING)
     with preempt.paying(REASONING) as first:
         preempt.wait_runs(first)
-    # Its workers are there, but stopped as soon as they are: loading takes as long as this test wants.
-    with preempt.frozen_when_it_starts(REASONING):
-        cluster.wait_until("it loads", lambda: cluster.status(REASONING)["state"] == "loading", 60, 0.05)
+    with preempt.frozen_when_it_starts(REASONING) as has_frozen:
+        cluster.wait_until("it loads", has_frozen, 60, 0.05)
         with preempt.paying(REASONING) as second:
             preempt.wait_runs(second)
             last = [one for one in preempt.told(REASONING, job.id) if one.restart == job.restarts + 1]
@@ -78,10 +77,10 @@ def test_a_second_signal_cuts_no_stream() -> None:
     job = preempt.tier_job(FAST)
     stream = preemption.begin_stream(preempt.controller().address, LONG_TOKENS)
     with preempt.paying(FAST) as paying:
-        cluster.wait_until("it drains", lambda: "told to stop (signal): preempted" in preempt.log(job.id), 10, 0.05)
+        cluster.wait_until("it drains", lambda: "told to stop (signal): preempted" in preempt.log(job), 10, 0.05)
         pieces = stream.pieces
         run(CONTROLLER, f"runuser -u {SERVICE_USER} -- scancel --batch --signal=TERM {job.id}")
-        cluster.wait_until("it was told again", lambda: "told to stop again" in preempt.log(job.id), 5, 0.05)
+        cluster.wait_until("it was told again", lambda: "told to stop again" in preempt.log(job), 5, 0.05)
         assert not stream.ended
         cluster.wait_until("the stream goes on", lambda: stream.pieces > pieces + 3, 3, 0.05)
         preempt.wait_runs(paying)
@@ -92,7 +91,7 @@ def test_a_server_that_does_not_hear_the_signal() -> None:
     job = preempt.tier_job(FAST)
     stream = preemption.begin_stream(preempt.controller().address, LONG_TOKENS)
     with preempt.paying(FAST) as paying:
-        cluster.wait_until("it drains", lambda: "told to stop (signal): preempted" in preempt.log(job.id), 10, 0.05)
+        cluster.wait_until("it drains", lambda: "told to stop (signal): preempted" in preempt.log(job), 10, 0.05)
         run(TIER_NODE, f"pkill -STOP --uid {SERVICE_USER} llama-server")
         preempt.wait_runs(paying)
         assert preempt.left_on(TIER_NODE) == []

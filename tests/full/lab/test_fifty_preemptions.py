@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import re
 import time
 
@@ -22,7 +23,7 @@ def traces(name: str) -> dict[str, str]:
         "ports": "ss --listening --tcp --numeric --no-header | awk '{print $4}' | sort",
         "shared memory": f"find /dev/shm -user {SERVICE_USER}; ipcs -m | grep {SERVICE_USER} || true",
         "run": "ls -A /run/gleaner 2>/dev/null || true",
-        "registry": "ls -A /cluster/shared/ai/endpoints",
+        "registry": "ls /cluster/shared/ai/endpoints; find /cluster/shared/ai/endpoints -name '.*' -mmin +1",
         "upstreams": "cat /etc/nginx/ai-inference/upstream-*.conf 2>/dev/null || true",
         "temporary": f"find /tmp /scratch/ai -user {SERVICE_USER} -newer /run/before -name '*tmp*' 2>/dev/null || true",
     }
@@ -37,6 +38,12 @@ def traces(name: str) -> dict[str, str]:
     found["ports"] = "\n".join(ports)
     found["programs"] = re.sub(r"\d+", "N", found["programs"])
     return found
+
+
+def is_as_before(name: str, before: dict[str, str]) -> bool:
+    after = traces(name)
+    print(name, {what: (before[what], after[what]) for what in before if before[what] != after[what]})
+    return after == before
 
 
 def served() -> None:
@@ -72,6 +79,6 @@ def test_fifty_preemptions_leave_nothing_behind() -> None:
         assert preempt.ledger(tier, f"@{began}")["differences"] == []
         assert preempt.ledger(tier, f"@{began}")["preemptions"] == ROUNDS
     for name in HOSTS:
+        # A record that is just being written has another name for a moment.
+        cluster.wait_until(f"{name} is as before", functools.partial(is_as_before, name, before[name]), 30, 1)
         run(name, "rm /run/before")
-    for name in HOSTS:
-        assert traces(name) == before[name], name
