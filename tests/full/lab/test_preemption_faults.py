@@ -12,8 +12,9 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from benchmarks import preemption
-from benchmarks.preemption import FAST, LONG_TOKENS
+from benchmarks.preemption import FAST, LONG_TOKENS, REASONING
 from gleaner import slurm
+from gleaner.events import Kind
 from tests.lab import cluster, preempt, split
 from tests.lab.cluster import CONTROLLER, REGISTRY, SERVICE_USER, TIER_NODE, run
 
@@ -42,6 +43,55 @@ def assert_told() -> None:
 
 def stream() -> preemption.Stream:
     return preemption.begin_stream(preempt.controller().address, LONG_TOKENS)
+
+
+def test_while_a_model_loads() -> None:
+    job = preempt.tier_job(REASONING)
+    with preempt.paying(REASONING) as first:
+        preempt.wait_runs(first)
+    with preempt.frozen_when_it_starts(REASONING) as has_frozen:
+        cluster.wait_until("it loads", has_frozen, 60, 0.05)
+        with preempt.paying(REASONING) as second:
+            preempt.wait_runs(second)
+            last = [one for one in preempt.told(REASONING, job.id) if one.restart == job.restarts + 1]
+            assert [one.kind for one in last] == [Kind.STARTED, Kind.SIGNALLED, Kind.LEFT]
+
+
+def test_a_second_signal_cuts_no_stream() -> None:
+    job = preempt.tier_job(FAST)
+    flowing = stream()
+    with preempt.paying(FAST) as paying:
+        cluster.wait_until("it drains", lambda: "told to stop (signal): preempted" in preempt.log(job), 10, 0.05)
+        pieces = flowing.pieces
+        run(CONTROLLER, f"runuser -u {SERVICE_USER} -- scancel --batch --signal=TERM {job.id}")
+        cluster.wait_until("it was told again", lambda: "told to stop again" in preempt.log(job), 5, 0.05)
+        assert not flowing.ended
+        cluster.wait_until("the stream goes on", lambda: flowing.pieces > pieces + 3, 3, 0.05)
+        preempt.wait_runs(paying)
+    assert not flowing.done
+
+
+def test_a_server_that_does_not_hear_the_signal() -> None:
+    job = preempt.tier_job(FAST)
+    flowing = stream()
+    with preempt.paying(FAST) as paying:
+        cluster.wait_until("it drains", lambda: "told to stop (signal): preempted" in preempt.log(job), 10, 0.05)
+        run(TIER_NODE, f"pkill -STOP --uid {SERVICE_USER} llama-server")
+        preempt.wait_runs(paying)
+        assert preempt.left_on(TIER_NODE) == []
+    assert not flowing.done
+
+
+def test_without_the_keeper() -> None:
+    job = preempt.tier_job(FAST)
+    run(CONTROLLER, "systemctl stop gleaner-keeper")
+    try:
+        with preempt.paying(FAST) as paying:
+            preempt.wait_runs(paying)
+            waiting = cluster.wait_until("the tier's job is queued", cluster.tier_job)
+            assert (waiting.id, waiting.state) == (job.id, "PENDING")
+    finally:
+        run(CONTROLLER, "systemctl start gleaner-keeper")
 
 
 @contextlib.contextmanager
