@@ -30,10 +30,13 @@ CACHE = re.compile(r"llama_kv_cache: size = +([\d.]+) MiB")
 BREAKDOWN = re.compile(r"^(\S+) (\d+) (\d+) (\d+) *$", re.MULTILINE)
 
 
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
+def free_ports(count: int) -> list[int]:
+    """Ports that nobody has, all held until the last one is known: one that is let go may be given out again."""
+    with contextlib.ExitStack() as stack:
+        listeners = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for listener in listeners:
+            listener.bind(("127.0.0.1", 0))
+        return [int(listener.getsockname()[1]) for listener in listeners]
 
 
 def said(text: str, ports: list[int]) -> dict[str, Any]:
@@ -74,7 +77,7 @@ def serve(
     program: str, arguments: list[str], ports: list[int], prompt_words: int, servers: list[subprocess.Popen[Any]]
 ) -> dict[str, Any]:
     """Load a model for real, answer one long prompt if any, and say what each process took at most."""
-    port = free_port()
+    (port,) = free_ports(1)
     with tempfile.TemporaryFile("w+") as log:
         command = [program, *arguments, "--host", "127.0.0.1", "--port", str(port), "-lv", "5"]
         with subprocess.Popen(command, stdout=log, stderr=log) as process:
@@ -123,14 +126,13 @@ def ask(port: int, words: int) -> str:
 
 @contextlib.contextmanager
 def rpc_servers(program: str, count: int, threads: int = 2) -> Iterator[tuple[list[int], list[subprocess.Popen[Any]]]]:
-    ports: list[int] = []
+    ports = free_ports(count)
     servers: list[subprocess.Popen[Any]] = []
     try:
-        for _ in range(count):
-            ports.append(free_port())
+        for port in ports:
             servers.append(
                 subprocess.Popen(
-                    [program, "-H", "127.0.0.1", "-p", str(ports[-1]), "-t", str(threads)],
+                    [program, "-H", "127.0.0.1", "-p", str(port), "-t", str(threads)],
                     stdout=subprocess.DEVNULL,
                     stderr=subprocess.DEVNULL,
                 )

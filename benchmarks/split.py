@@ -255,16 +255,17 @@ def host_memory_mib(site: Mapping[str, Any], split: Mapping[str, Any], alone: Ma
 @contextlib.contextmanager
 def tiers_away(controller: list[str], site: Mapping[str, Any]) -> Iterator[None]:
     """No keeper and none of its jobs, until the end of the block."""
-    user, names = str(site["service_user"]), ",".join(str(tier["job_name"]) for tier in site["tiers"])
-    waiting = ("squeue", "--noheader", f"--user={user}", f"--name={names}")
+    user, names = str(site["service_user"]), [str(tier["job_name"]) for tier in site["tiers"]]
+    waiting = ("squeue", "--noheader", f"--user={user}", f"--name={','.join(names)}")
     lab.output(controller, "systemctl", "stop", KEEPER)
     try:
         # Cancelled by the service user they are not held, as they are when a person cancels them.
-        lab.output(controller, "runuser", "-u", user, "--", "scancel", f"--user={user}", f"--name={names}")
+        for name in names:
+            lab.output(controller, "runuser", "-u", user, "--", "scancel", f"--user={user}", f"--name={name}")
         deadline = time.monotonic() + AWAY_SECONDS
         while lab.output(controller, *waiting):
             if time.monotonic() > deadline:
-                raise RuntimeError(f"{names}: still there {AWAY_SECONDS} s after they were cancelled")
+                raise RuntimeError(f"{','.join(names)}: still there {AWAY_SECONDS} s after they were cancelled")
             time.sleep(1)
         yield
     finally:

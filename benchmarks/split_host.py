@@ -99,7 +99,7 @@ def measure(port: int, interface: str, prompt_tokens: int, answer_tokens: int) -
 @contextlib.contextmanager
 def server(program: str, arguments: Sequence[str], environment: Mapping[str, str]) -> Iterator[int]:
     """A llama-server that is ready, at a port of this node."""
-    port = sizing_host.free_port()
+    (port,) = sizing_host.free_ports(1)
     with tempfile.TemporaryFile("w+") as log:
         process = subprocess.Popen(
             [program, *arguments, "--host", "127.0.0.1", "--port", str(port)],
