@@ -47,6 +47,7 @@ SERVED_SECONDS = 180.0
 # A paying job that ends sooner may find the tier's own job in the wait that Slurm gives a requeued one; the keeper ends
 # that within some four seconds.
 PAYING_SECONDS = 5.0
+QUIET_SECONDS = 4.0
 # A refusal by the gateway alone takes less; what takes longer was handed over.
 REFUSAL_SECONDS = 0.3
 COMMAND_SECONDS = 180.0
@@ -352,6 +353,8 @@ def paying(controller: Controller, tiers: Sequence[str]) -> Iterator[tuple[int, 
 
 def idle_wait(controller: Controller, tiers: Sequence[str]) -> float:
     """What a paying job waits on idle nodes; the tiers are held."""
+    # Slurm lets some seconds pass between two looks at its queue: not right after the job before.
+    time.sleep(QUIET_SECONDS)
     with paying(controller, tiers) as (job, submitted):
         started = controller.noted(job, "start", 60)
         controller.end(job)

@@ -36,7 +36,7 @@ WITHDRAW_SECONDS = 1.0
 # may hand over one more request, also on a connection that a stopping server still holds, and no idleness is believed.
 ROUTED_SECONDS = 1.5
 # With its answer on the line: a request that it has just handed over is in no slot while its prompt is read.
-SETTLE_SECONDS = 0.3
+SETTLE_SECONDS = 0.15
 GATEWAYS_LIMIT = 4
 STRANGERS_LIMIT = 16
 ASK_SECONDS = 3.0

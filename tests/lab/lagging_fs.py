@@ -1,7 +1,7 @@
 """A file system that shows a folder as it was some seconds ago: `lagging_fs.py FOLDER PLACE SECONDS`.
 
 What some shared file systems do to a reader, in the open: a file that is gone can still be opened, and a new one is not
-there yet. Runs on a host of the lab, with Debian's python3-fusepy; read-only.
+there yet. Runs on a host of the lab, with Debian 13's python3-fusepy; read-only.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 
-import fuse  # type: ignore[import-not-found]
+import fusepy as fuse  # type: ignore[import-not-found]
 
 EVERY_SECONDS = 0.25
 

@@ -167,7 +167,8 @@ def test_slurmctld_is_away_while_the_tier_yields() -> None:
             assert_told()
         finally:
             run(CONTROLLER, "systemctl start slurmctld")
-        preempt.wait_runs(paying)
+        # Slurm itself hears of the end when the node tells again, or when the keeper misses its job.
+        cluster.wait_until("the paying job runs", lambda: preempt.runs(paying), 180, 1)
     cluster.wait_served()
     assert "FAILED" not in preempt.states(job.id)
 
