@@ -20,7 +20,8 @@ PLAYBOOK = $(BIN)/ansible-playbook $(BECOME)
 OWN_LAB := env --unset=GLEANER_LAB_ID
 STAYS := the packages apt-cacher-ng, mmdebstrap, systemd-container, iproute2, debian-archive-keyring and openssh-client
 
-.PHONY: help up down distclean sources test lint unit lab-tests bench fuzz test-full full-machine full-lab full-timed
+.PHONY: help up down distclean sources test lint unit lab-tests bench bench-preemption fuzz
+.PHONY: test-full full-machine full-lab full-older full-timed
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
@@ -67,6 +68,11 @@ bench: .venv/ready
 	$(OWN_LAB) $(BIN)/python -m benchmarks.bring_up
 	GLEANER_LAB_ID=5 PYTHONPATH=src tools/with_lab $(BIN)/python -m benchmarks.split
 
+# What paying jobs wait because of the tiers, into docs/preemption.md: with both versions of Slurm, an hour each.
+bench-preemption: .venv/ready $(VAULT) sources
+	GLEANER_LAB_ID=5 GLEANER_LAB_SUITE=trixie PYTHONPATH=src tools/with_lab $(BIN)/python -m benchmarks.preemption
+	GLEANER_LAB_ID=5 GLEANER_LAB_SUITE=bookworm PYTHONPATH=src tools/with_lab $(BIN)/python -m benchmarks.preemption
+
 # A search for GGUF headers that break what is claimed of all, written into docs/fuzzing.md.
 SECONDS ?= 600
 fuzz: .venv/fuzz
@@ -86,7 +92,12 @@ full-lab: full-machine
 	GLEANER_LAB_ID=5 PYTHONPATH=src tools/with_lab $(BIN)/python -m pytest -v tests/full/lab
 	GLEANER_LAB_ID=9 PYTHONPATH=src tools/with_lab $(BIN)/python -m benchmarks.sizing
 
-full-timed: test full-lab
+# The same promises with the older Slurm, of Debian 12, which completes a job that leaves during a preemption.
+full-older: full-lab
+	GLEANER_LAB_ID=5 GLEANER_LAB_SUITE=bookworm PYTHONPATH=src tools/with_lab $(BIN)/python -m pytest -v \
+		molecule/preemption tests/full/lab/test_preemption_faults.py
+
+full-timed: test full-older
 	$(OWN_LAB) $(BIN)/python -m benchmarks.bring_up --rounds 1 --make-up
 
 .venv/ready: requirements.txt constraints.txt tools/bootstrap

@@ -34,7 +34,8 @@ class Lab:
 
     @property
     def environment(self) -> dict[str, str]:
-        return os.environ | {"GLEANER_LAB_ID": self.id, "ANSIBLE_CONFIG": str(ROOT / "ansible.cfg")}
+        plain = {"ANSIBLE_NOCOLOR": "1", "ANSIBLE_FORCE_COLOR": "0"}
+        return os.environ | plain | {"GLEANER_LAB_ID": self.id, "ANSIBLE_CONFIG": str(ROOT / "ansible.cfg")}
 
     def value(self, host: str, name: str) -> Any:
         """A variable of a host, as Ansible sees it; LookupError when the host does not have it."""
@@ -69,7 +70,7 @@ class Lab:
         with subprocess.Popen(
             [_tool("ansible-playbook"), "-i", self.inventory, name],
             cwd=ROOT,
-            env=self.environment | {"ANSIBLE_NOCOLOR": "1", "ANSIBLE_FORCE_COLOR": "0"},
+            env=self.environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

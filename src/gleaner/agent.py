@@ -408,6 +408,7 @@ class Agent:
         self.busy_check: BusyCheck | None = None
         self.busy: bool | None = None
         self.idle_answers = 0
+        self.watch = 0
         self.busy_at = 0.0
         self.rotate_at = 0.0
         self.rotator: int | None = None
@@ -454,7 +455,7 @@ class Agent:
                 self._give_up_reaching()
                 self.reach = Reach(order["start"], [(str(host), int(port)) for host, port in order["places"]])
             elif "watch_busy" in message:
-                self._watch_busy()
+                self._watch_busy(message["watch_busy"])
             elif "loaded" in message:
                 self._loaded()
             elif "stop" in message:
@@ -523,10 +524,15 @@ class Agent:
             self.busy_check = None
         self.health = "down"
 
-    def _watch_busy(self) -> None:
-        if self.process is not None and self.task is not None and self.busy_check is None:
-            self.busy_check = BusyCheck(self.selector, self.task, self.key)
-            self.busy_check.begin()
+    def _watch_busy(self, watch: int) -> None:
+        """Look whether the server is busy, from now on; what was seen before does not count."""
+        if self.process is None or self.task is None:
+            return
+        if self.busy_check is not None:
+            self.busy_check.close()
+        self.watch, self.busy, self.idle_answers = watch, None, 0
+        self.busy_check = BusyCheck(self.selector, self.task, self.key)
+        self.busy_check.begin()
 
     def _reap(self) -> None:
         while True:
@@ -592,6 +598,7 @@ class Agent:
             "state": process_state(process.pid) if process else "idle",
             "health": self.health,
             "busy": self.busy,
+            "watch": self.watch,
         }
         now = time.monotonic()
         for line in self.lines[1:]:

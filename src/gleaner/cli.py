@@ -14,6 +14,8 @@ COMMANDS = {
     "keep": ("gleaner.keeper", "daemon that keeps a job queued for every tier"),
     "route": ("gleaner.upstream", "daemon that turns endpoint records into routing"),
     "status": ("gleaner.status", "what each tier is doing"),
+    "tier": ("gleaner.handle", "hold, start or restart a tier"),
+    "report": ("gleaner.report", "what the tiers gleaned, and what that cost others"),
     "states": ("gleaner.states", "print the tables of docs/states.md"),
 }
 

@@ -27,6 +27,8 @@ def write_atomic(path: Path, data: bytes, mode: int = 0o644) -> None:
     fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, mode)
     try:
         with os.fdopen(fd, "wb") as stream:
+            # The caller's umask must not hide from other users what they are to read.
+            os.fchmod(fd, mode)
             stream.write(data)
             stream.flush()
             os.fsync(stream.fileno())

@@ -16,9 +16,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Optional
 
-from gleaner import claims, digest, files, heartbeat, life, slurm
+from gleaner import claims, digest, files, heartbeat, life, slurm, wishes
 from gleaner.journal import OnChange, notify, say
 from gleaner.states import Exit
+from gleaner.wishes import Wish
 
 # A run of a job, its number and its restart, and the number of its last sign of life.
 Moment = tuple[tuple[int, int], Optional[int]]
@@ -38,6 +39,7 @@ HOLDING_STATES = {"CONFIGURING", "RUNNING", "COMPLETING"}
 WAITING_REASONS = ("None", "Priority", "Resources", "ReqNodeNotAvail", "Nodes required for job")
 # After each claim that did not lead to a good run, the next one needs twice the wait; so often at most.
 CLAIM_DOUBLINGS = 6
+REQUEUED_SECONDS = 2
 # Slurm has so much longer than claim_after_seconds to start a job whose nodes are free.
 START_SECONDS = 60.0
 LIVING_STATES = {"PENDING", "CONFIGURING", "RUNNING", "SUSPENDED", "STOPPED", "COMPLETING"}
@@ -256,11 +258,12 @@ class Keeper:
             return
         if self.changes.clear("slurm"):
             say("Slurm answers again")
-        # The operator's handle writes this file too, so it is read each time.
+        # A person may have put it right.
         self.state = load_state(self.config.state)
         before = json.dumps({name: dataclasses.asdict(state) for name, state in self.state.items()}, sort_keys=True)
         for tier in self.config.tiers:
             self.state.setdefault(tier.tier, TierState())
+        taken = self._take_wishes(jobs)
         self._compete(jobs)
         running = {job.name for job in jobs if job.state == "RUNNING"}
         looked_for = [tier.tier for tier in self.config.tiers if tier.job_name in running]
@@ -280,6 +283,8 @@ class Keeper:
         after = json.dumps({name: dataclasses.asdict(state) for name, state in self.state.items()}, sort_keys=True)
         if after != before:
             save_state(self.config.state, self.state)
+        for name in taken:
+            wishes.done(self.config.state, name)
 
     def _keep(self, tier: TierConfig, state: TierState, jobs: list[slurm.Job]) -> None:
         living = [job for job in jobs if job.state != "COMPLETING"]
@@ -289,7 +294,7 @@ class Keeper:
             self._see_off(tier, state, *min(leaving, key=lambda one: one[0].state not in WAITING_STATES))
         elif living:
             self._look_after(tier, state, max(living, key=lambda one: (one.state == "RUNNING", -one.id)))
-        elif state.held:
+        elif state.held and not state.ending:
             self.changes.say(tier.tier, f"{tier.tier}: held ({state.why}), left alone")
         elif jobs:
             self.changes.say(tier.tier, f"{tier.tier}: job {jobs[0].id} is completing")
@@ -305,14 +310,71 @@ class Keeper:
             elif self._waited(tier, state):
                 self._submit(tier, state)
 
+    def _take_wishes(self, jobs: list[slurm.Job]) -> list[str]:
+        """Note down what administrators wish; the tiers whose wishes are done with when the state is saved."""
+        taken = []
+        known = {tier.tier for tier in self.config.tiers}
+        try:
+            for name in wishes.forget_others(self.config.state, known):
+                say(f"{name}: there is no such tier, what was wished of it is taken away")
+            for tier in self.config.tiers:
+                try:
+                    said = wishes.take(self.config.state, tier.tier)
+                except ValueError as error:
+                    say(f"{tier.tier}: {error}; it is taken away")
+                    taken.append(tier.tier)
+                    continue
+                if said is not None:
+                    self._grant(tier, said, jobs)
+                    taken.append(tier.tier)
+        except OSError as error:
+            self.changes.say("wishes", f"wishes cannot be read, and stay: {error.filename}: {error.strerror}")
+        else:
+            self.changes.clear("wishes")
+        return taken
+
+    def _grant(self, tier: TierConfig, said: wishes.Said, jobs: list[slurm.Job]) -> None:
+        state, name = self.state[tier.tier], tier.tier
+        words = f"{said.wish.value} by {said.by}"
+        say(f"{name}: {words}")
+        mine = [job for job in jobs if job.name == tier.job_name]
+        living = [job for job in mine if job.state != "COMPLETING"]
+        running = [job for job in living if job.state not in WAITING_STATES]
+        being_held = state.held and state.ending
+        state.held = said.wish is Wish.HELD
+        state.failures = state.claims = 0
+        self.not_before.pop(name, None)
+        if state.held:
+            # Also of a job that completes: it may be one that comes back, since it was preempted.
+            state.job = next((job.id for job in (*running, *living, *mine)), state.job)
+            state.ending, state.why = state.job != 0, words
+            return
+        if not living:
+            # Whoever ended the last job, this wish came after it.
+            self.ask_until.pop(state.job, None)
+            state.job, state.ending, state.why = 0, False, ""
+        elif said.wish is Wish.RESTARTED and running:
+            state.job, state.ending, state.why = running[0].id, True, words
+        elif being_held:
+            # What was told to yield does so; what still waits need not.
+            state.ending, state.why = bool(running), words if running else ""
+        for job in living:
+            if held_by_person(job):
+                try:
+                    slurm.release(job.id)
+                except slurm.SlurmError as error:
+                    say(f"{name}: job {job.id} cannot be released: {error}")
+
     # A living job
 
     def _take(self, tier: TierConfig, state: TierState, job: slurm.Job) -> None:
         """This is the tier's job now."""
         state.digest = digest_of(job, state)
+        # All of its jobs go, not only the first.
+        being_held = state.held and state.ending
         if state.job != job.id:
-            state.job, state.ending = job.id, False
-        if state.held:
+            state.job, state.ending = job.id, being_held
+        if state.held and not being_held:
             # Who held the tier took it back: as the service user, or there would be no job.
             say(f"{tier.tier}: no longer held, job {job.id} was submitted by hand")
             state.held = False
@@ -332,8 +394,11 @@ class Keeper:
         if job.state != "PENDING":
             return
         if job.reason == "BeginTime":
-            slurm.start_soon(job.id)
-            say(f"{tier.tier}: job {job.id} was requeued, its wait is ended")
+            # At the first look it may have been requeued in this very second.
+            first = self.changes.say(
+                f"{tier.tier}/wait", f"{tier.tier}: job {job.id} restart {job.restarts}: its wait is ended"
+            )
+            slurm.start_soon(job.id, REQUEUED_SECONDS if first else 0)
         elif held_by_slurm(job):
             key = f"{tier.tier}/{job.id}/{job.restarts}"
             if self.changes.say(key, f"{tier.tier}: Slurm holds job {job.id}: {job.reason}"):
@@ -378,14 +443,14 @@ class Keeper:
 
     def _why_to_go(self, tier: TierConfig, state: TierState, job: slurm.Job) -> Departure | None:
         # What a person holds must not come back under another number.
-        if held_by_person(job):
+        if held_by_person(job) and not (state.held and state.ending):
             return None
         made_from = digest_of(job, state)
         # A job that was told to yield does so, even if its plan is the current one again.
         if digest.is_replaced(job.comment) or self._outdated(tier, made_from):
             words = f"job {job.id} is being replaced: its plan is not the current one"
             return Departure(words, digest.replaced(made_from))
-        if state.ending and state.job == job.id:
+        if state.ending and (state.held or state.job == job.id):
             return Departure(state.why, "")
         claim = self.yielding.get(job.id) or (self.outranked.get(tier.tier) if job.state == "PENDING" else None)
         if claim or digest.is_outranked(job.comment):
@@ -415,7 +480,9 @@ class Keeper:
     def _see_off(self, tier: TierConfig, state: TierState, job: slurm.Job, why: Departure) -> None:
         """End a job that has to go; when it is gone, the next one is submitted as ever."""
         self._take(tier, state, job)
-        state.ending, state.why = True, why.words
+        state.ending = True
+        if not state.held:
+            state.why = why.words
         self.changes.say(tier.tier, f"{tier.tier}: {state.why}")
         self._end(tier.tier, job.id, job.state, why.comment)
 
@@ -544,7 +611,7 @@ class Keeper:
         if fields and self._end_stray(tier.tier, state, fields):
             return
         end = how_it_ended(fields) if fields else End(False, False, False, False, "forgotten by Slurm")
-        if end.cancelled:
+        if end.cancelled and not state.held:
             why = self._why_cancelled(state)
             if why is None:
                 self.changes.say(tier.tier, f"{tier.tier}: {state.why}")
@@ -643,7 +710,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     try:
         config = Config.load(args.config)
-    except ValueError as error:
+        # Beside the state, in the folder that systemd makes for us.
+        wishes.folder_of(config.state).mkdir(exist_ok=True)
+    except (ValueError, OSError) as error:
         say(str(error))
         return Exit.REFUSED
     keeper = Keeper(config)

@@ -42,6 +42,9 @@ class Record:
     models: tuple[str, ...]
     started: int
     seq: int
+    supervisor: str = ""
+    """The node on which the supervisor listens for the gateway, and its port there; empty and 0: it does not."""
+    line: int = 0
 
     @property
     def run(self) -> tuple[int, int]:
@@ -71,9 +74,7 @@ def parse(data: bytes) -> Record:
     version = value.get("v")
     if isinstance(version, bool) or version != 1:
         raise ValueError(f"record: v: got {_short(version)}, want 1")
-    unknown = sorted(set(value) - {"v", *(field.name for field in dataclasses.fields(Record))})
-    if unknown:
-        raise ValueError(f"record: unknown field {_short(unknown[0])}")
+    # Fields that are not known are a newer supervisor's: nodes are updated before the gateway.
     return Record(
         tier=_text(value, "tier", _TIER),
         job=_integer(value, "job", 1),
@@ -83,6 +84,8 @@ def parse(data: bytes) -> Record:
         models=_models(value),
         started=_integer(value, "started", 0),
         seq=_integer(value, "seq", 0),
+        supervisor=_text(value, "supervisor", _HOST) if value.get("supervisor", "") else "",
+        line=_integer(value, "line", 0, 65535) if "line" in value else 0,
     )
 
 
@@ -214,11 +217,17 @@ class Publisher:
             self._wanted = record
             self._wake.notify_all()
 
-    def withdraw(self, timeout_seconds: float) -> bool:
-        """Ask for the record's removal; true when it was gone in time."""
+    def retract(self) -> int:
+        """Ask for the record's removal; the last `seq` that a reader may still find."""
         with self._wake:
             self._wanted = None
             self._wake.notify_all()
+            return self._seq
+
+    def withdraw(self, timeout_seconds: float) -> bool:
+        """The same; true when it was gone in time."""
+        self.retract()
+        with self._wake:
             return self._wake.wait_for(lambda: self._written is None, timeout_seconds)
 
     def _work(self) -> None:

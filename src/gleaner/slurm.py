@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,6 +16,7 @@ from gleaner import digest
 from gleaner.states import Cause
 
 _ABSENT = {"", "N/A", "None", "(null)", "Unknown"}
+ACCOUNTING_SECONDS = 300.0
 # Slurm looks at time limits about once a minute.
 _LIMIT_RESOLUTION_SECONDS = 60
 # A node in any other state, or with any other mark (`*` does not answer, DRAIN, MAINT, …), starts no job of ours.
@@ -87,15 +89,15 @@ def environment() -> dict[str, str]:
     return {**kept, "LC_ALL": "C"}
 
 
-def run(argv: list[str], timeout_seconds: float = 10.0) -> str:
-    """A command's stdout; SlurmError with its stderr otherwise."""
+def run(argv: list[str], timeout_seconds: float = 10.0, **variables: str) -> str:
+    """A command's stdout; SlurmError with its stderr otherwise. `variables` are added to its environment."""
     try:
         done = subprocess.run(
             argv,
             stdin=subprocess.DEVNULL,
             capture_output=True,
             timeout=timeout_seconds,
-            env=environment(),
+            env={**environment(), **variables},
             check=False,
         )
     except subprocess.TimeoutExpired:
@@ -260,6 +262,81 @@ def canceller(job_id: int) -> int | None:
     return int(match.group(1)) if match else None
 
 
+@dataclass(frozen=True)
+class Run:
+    """One run of a job, from accounting: a job that was requeued has several. Times are unix seconds."""
+
+    job: int
+    user: str
+    state: str
+    submitted: int
+    started: int
+    ended: int | None
+    """None while it runs."""
+    nodes: tuple[str, ...]
+    gpus: int
+
+
+def _sacct(since: float, until: float, *more: str) -> str:
+    return run(
+        [
+            *("sacct", "--allocations", "--duplicates", "--noheader", "--parsable2"),
+            f"--starttime={_local(since)}",
+            f"--endtime={_local(until)}",
+            *more,
+        ],
+        ACCOUNTING_SECONDS,
+        SLURM_TIME_FORMAT="%s",
+    )
+
+
+def runs(since: float, until: float, problems: list[str]) -> list[Run]:
+    """Everybody's runs that were there at some time from `since` to `until`, by their start.
+
+    What cannot be read is left out and named in `problems`.
+    """
+    fields = "JobIDRaw,User,State,Submit,Start,End,NodeList,AllocTRES"
+    return parse_runs(_sacct(since, until, "--allusers", f"--format={fields}"), problems)
+
+
+def names_of(user: str, since: float, until: float) -> dict[int, str]:
+    """The names of a user's jobs. Others may hold whatever, so theirs are not asked for."""
+    rows = _sacct(since, until, f"--user={user}", "--format=JobIDRaw,JobName").split("\n")
+    return {int(job): name for job, _, name in (row.partition("|") for row in rows) if job.isdigit()}
+
+
+def _local(at: float) -> str:
+    """A time as Slurm's commands take it."""
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(at))
+
+
+def parse_runs(text: str, problems: list[str]) -> list[Run]:
+    """Lines of sacct; runs that never started are left out."""
+    found = []
+    for row in filter(None, text.split("\n")):
+        cells = row.split("|")
+        if len(cells) != 8 or not cells[0].isdigit():
+            problems.append(f"sacct: cannot read the line {row[:80]!r}")
+            continue
+        submitted, started, ended = (int(cell) if cell.isdigit() else None for cell in cells[3:6])
+        if started is None:
+            continue
+        gpus = re.search(r"(?:^|,)gres/gpu=(\d+)", cells[7])
+        found.append(
+            Run(
+                job=int(cells[0]),
+                user=cells[1],
+                state=cells[2].split(" ")[0],
+                submitted=started if submitted is None else submitted,
+                started=started,
+                ended=ended,
+                nodes=tuple(hosts(cells[6])),
+                gpus=int(gpus.group(1)) if gpus else 0,
+            )
+        )
+    return sorted(found, key=lambda one: (one.started, one.job))
+
+
 def submit(script: str) -> int:
     """Submit a job script as it is; the job's id."""
     answer = run(["sbatch", "--parsable", script], 30.0).strip()
@@ -292,13 +369,13 @@ def release(job_id: int) -> None:
     run(["scontrol", "release", str(job_id)])
 
 
-def start_soon(job_id: int) -> None:
-    """End the wait that Slurm gives a requeued job.
+def start_soon(job_id: int, seconds: int) -> None:
+    """End the wait that Slurm gives a requeued job, in so many seconds.
 
-    Not at once: a node refuses a job that starts in the very second in which its credential of the run before was
-    revoked ("Job credential revoked"), and Slurm counts whole seconds.
+    Not at once where it may have just been requeued: a node refuses a job that starts in the very second in which its
+    credential of the run before was revoked ("Job credential revoked"), and Slurm counts whole seconds.
     """
-    run(["scontrol", "update", f"JobId={job_id}", "StartTime=now+2"])
+    run(["scontrol", "update", f"JobId={job_id}", f"StartTime=now+{seconds}" if seconds else "StartTime=now"])
 
 
 def hosts(expression: str) -> list[str]:

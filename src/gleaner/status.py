@@ -57,6 +57,8 @@ def look(config: upstream.Config, kept: dict[str, keeper.TierState]) -> list[dic
                 "job": job.id if job else None,
                 "node": job.nodes if job and job.state == "RUNNING" else None,
                 "reason": job.reason if job and job.state == "PENDING" else None,
+                "held": kept[tier.tier].held if tier.tier in kept else False,
+                "ending": kept[tier.tier].ending if tier.tier in kept else False,
                 "why": kept[tier.tier].why or None if tier.tier in kept else None,
                 "models": list(reading.models) if isinstance(reading, Record) else [],
             }

@@ -20,8 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gleaner import files, heartbeat, life, record, slurm
-from gleaner.journal import say
+from gleaner import events, files, heartbeat, life, line, record, slurm
+from gleaner.events import Kind
+from gleaner.journal import OnChange, say
 from gleaner.states import Cause, Exit
 
 TICK_SECONDS = 0.1
@@ -31,9 +32,13 @@ GREETING_SECONDS = 5.0
 STOP_SECONDS = 1.0
 LEAVE_SECONDS = 3.0
 WITHDRAW_SECONDS = 1.0
-# The gateway learns of a withdrawal within this time. Until then it may hand over one more request, also on a
-# connection that a stopping server still holds: no idleness is believed before.
-ROUTED_SECONDS = 0.8
+# A gateway without a line to us learns of a withdrawal within this time, from the record or from Slurm. Until then it
+# may hand over one more request, also on a connection that a stopping server still holds, and no idleness is believed.
+ROUTED_SECONDS = 1.5
+# With its answer on the line: a request that it has just handed over is in no slot while its prompt is read.
+SETTLE_SECONDS = 0.15
+GATEWAYS_LIMIT = 4
+STRANGERS_LIMIT = 16
 ASK_SECONDS = 3.0
 REQUEUE_SECONDS = 5.0
 # A server that was ready, is stopped by a signal or does not answer /health for this long, is restarted.
@@ -77,6 +82,7 @@ class Plan:
     environment: dict[str, str]
     models: tuple[str, ...]
     cpus: int
+    gpus: int
     signal_seconds: int
     drain_seconds: float
     load_timeout_seconds: float
@@ -125,6 +131,7 @@ class Plan:
             environment={name: str(text) for name, text in server["environment"].items()},
             models=tuple(str(name) for name in value["models"]),
             cpus=int(value["slurm"]["cpus_per_node"]),
+            gpus=int(value["slurm"]["gpus_per_node"]),
             signal_seconds=int(value["slurm"]["signal_seconds"]),
             drain_seconds=float(value["drain_seconds"]),
             load_timeout_seconds=float(value["load_timeout_seconds"]),
@@ -188,6 +195,7 @@ class Supervisor:
         # Where llama-server runs: the plan's head, or the one node of a router tier.
         self.home = plan.head or where.nodes[0]
         self.publisher = record.Publisher(registry)
+        self.events = events.Log(registry, plan.tier, (where.job, where.restart))
         self.pulse = life.Pulse(registry, plan.tier, (where.job, where.restart))
         self.selector = selectors.DefaultSelector()
         self.signals = heartbeat.Signals(signal.SIGTERM, signal.SIGINT, signal.SIGCHLD)
@@ -198,8 +206,8 @@ class Supervisor:
         if plan.worker is not None:
             networks = {"RPC": plan.rpc_address_of, **networks}
         self.networks = list(networks)
-        here = where.node if where.node in plan.address_of else self.home
-        self.listeners = [heartbeat.listen(addresses[here]) for addresses in networks.values()]
+        self.here = where.node if where.node in plan.address_of else self.home
+        self.listeners = [heartbeat.listen(addresses[self.here]) for addresses in networks.values()]
         for listener in self.listeners:
             self.selector.register(listener, selectors.EVENT_READ)
         self.token = secrets.token_hex(32)
@@ -207,6 +215,13 @@ class Supervisor:
         self.agents: dict[str, heartbeat.Channel] = {}
         # The lines that carry beats alone, by node and network.
         self.pulses: dict[tuple[str, int], heartbeat.Channel] = {}
+        self.gateways: list[heartbeat.Channel] = []
+        # Those that have not answered a withdrawal yet.
+        self.routing: set[heartbeat.Channel] = set()
+        self.changes = OnChange()
+        self.key = server_key()
+        # What was published is void up to this one.
+        self.retracted = 0
         self.step: subprocess.Popen[bytes] | None = None
         self.phase = Phase.GATHERING
         self.deadline = time.monotonic() + AGENTS_SECONDS
@@ -218,6 +233,8 @@ class Supervisor:
         self.moving_at: dict[str, float] = {}
         self.beat_at = 0.0
         self.idle = False
+        # Counts the orders to look: only what was seen after the last one tells.
+        self.watch = 0
         self.routed_until = 0.0
         self.cause: Cause | None = None
         self.exit = Exit.STOPPED
@@ -227,7 +244,13 @@ class Supervisor:
     def run(self) -> Exit:
         """Live the job's life; the exit code says how it ended."""
         self.pulse.start()
-        self._start_step()
+        gpus = self.plan.gpus * len(self.where.nodes)
+        self.events.add(Kind.STARTED, nodes=list(self.where.nodes), gpus=gpus)
+        # A signal that came before this program could hear it is lost: the job script lets it pass.
+        if self._ask_why() in (Cause.PREEMPTED, Cause.CANCELLED):
+            self._told_to_stop("seen at the start")
+        if self.phase is Phase.GATHERING:
+            self._start_step()
         while self.phase is not Phase.LEAVING:
             self.pulse.turn()
             for key, _ in self.selector.select(TICK_SECONDS):
@@ -238,6 +261,7 @@ class Supervisor:
                     self._accept(key.fileobj)
             self._hear_strangers()
             self._hear_agents()
+            self._hear_gateways()
             self._tick()
         self._leave()
         return self.exit
@@ -267,9 +291,11 @@ class Supervisor:
             self._fail(Exit.SERVER_FAILED, f"process on {stuck} is not gone {UNKILLABLE_SECONDS:g} s after KILL")
         elif self.phase is Phase.DRAINING and self.idle and now >= self.routed_until:
             say("drain: nothing in flight")
+            self.events.add(Kind.DRAINED, whole=True)
             self._stop()
         elif self.phase is Phase.DRAINING and now >= self.deadline:
             say(f"drain: {self.plan.drain_seconds:g} s are over, ending what is in flight")
+            self.events.add(Kind.DRAINED, whole=False)
             # llama-server with a stream in flight does not end on TERM.
             self._stop(0.0)
         elif self.phase is Phase.STOPPING and now >= self.deadline:
@@ -334,11 +360,11 @@ class Supervisor:
 
     def _accept(self, listener: socket.socket) -> None:
         with contextlib.suppress(OSError):
-            while True:
+            for _ in range(STRANGERS_LIMIT):
                 connection, _ = listener.accept()
-                if len(self.strangers) >= 16:
-                    connection.close()
-                    continue
+                if len(self.strangers) >= STRANGERS_LIMIT:
+                    # Who greets does so at once: the oldest one has had its time.
+                    self._drop(self.strangers.pop(0))
                 channel = heartbeat.Channel(connection, heartbeat.GREETING_LIMIT)
                 self.selector.register(connection, selectors.EVENT_READ)
                 self.strangers.append(channel)
@@ -356,11 +382,14 @@ class Supervisor:
                     if channel.silent_seconds <= GREETING_SECONDS:
                         continue
                     raise ValueError("no greeting in time")
+                if line.is_greeting(messages[0]):
+                    self._take_gateway(channel, messages[0])
+                    continue
                 node, network = heartbeat.greeted_by(messages[0], self.token)
                 if (node, network) not in self._awaited():
                     raise ValueError(f"greeting from {node!r}, which is not awaited")
             except (ValueError, heartbeat.ChannelClosed) as error:
-                say(f"connection refused: {error}")
+                self.changes.say("refused", f"connection refused: {error}")
                 self.strangers.remove(channel)
                 self._drop(channel)
                 continue
@@ -396,6 +425,42 @@ class Supervisor:
                 channel.mind_silence()
             except (ValueError, heartbeat.ChannelClosed) as error:
                 self._lost(node, f"{error} on the {self.networks[0]} network")
+
+    def _take_gateway(self, channel: heartbeat.Channel, greeting: heartbeat.Message) -> None:
+        line.check_greeting(greeting, self.key, (self.where.job, self.where.restart))
+        if len(self.gateways) >= GATEWAYS_LIMIT:
+            oldest = self.gateways.pop(0)
+            self.routing.discard(oldest)
+            self._drop(oldest)
+        line.keep_alive(channel.socket)
+        self.strangers.remove(channel)
+        self.gateways.append(channel)
+        say("the gateway has a line to us")
+        if self.retracted:
+            self._tell_gateway(channel)
+
+    def _tell_gateway(self, channel: heartbeat.Channel) -> None:
+        self.routing.add(channel)
+        with contextlib.suppress(heartbeat.ChannelClosed):
+            channel.send(line.withdrawn(self.retracted))
+
+    def _hear_gateways(self) -> None:
+        for channel in list(self.gateways):
+            try:
+                channel.flush()
+                answers = [message.get("away") for message in channel.receive()]
+            except (ValueError, heartbeat.ChannelClosed):
+                # What it may still hand over, nobody tells: ROUTED_SECONDS then.
+                self.gateways.remove(channel)
+                self._drop(channel)
+                continue
+            if self.retracted and self.retracted in answers:
+                self.routing.discard(channel)
+                if self.phase is Phase.DRAINING and not self.routing:
+                    say("drain: the gateway takes no request any more")
+                    self.routed_until = min(self.routed_until, time.monotonic() + SETTLE_SECONDS)
+                    # Whether it is idle is asked anew: what came until now counts.
+                    self._watch_busy()
 
     def _lost(self, node: str, why: str) -> None:
         channel = self.agents.pop(node, None)
@@ -450,7 +515,7 @@ class Supervisor:
                 self._ready()
         elif beat["health"] == "loading" and self.phase is Phase.SERVING:
             self.good_at = now
-        self.idle = beat["busy"] is False
+        self.idle = beat["busy"] is False and beat["watch"] == self.watch
 
     # The life of what the agents start
 
@@ -519,6 +584,7 @@ class Supervisor:
         self.phase = Phase.SERVING
         self._tell_all({"loaded": self.start})
         say(f"serving on {self.home}:{self.plan.port}")
+        self.events.add(Kind.SERVING)
         self.publisher.publish(
             record.Record(
                 tier=self.plan.tier,
@@ -529,6 +595,8 @@ class Supervisor:
                 models=self.plan.models[: record.MODELS_LIMIT],
                 started=int(time.time()),
                 seq=0,
+                supervisor=self.here if self.key else "",
+                line=self.listeners[-1].getsockname()[1] if self.key else 0,
             )
         )
 
@@ -542,7 +610,7 @@ class Supervisor:
 
     def _take_down(self, why: str) -> None:
         """Half a tier is never served: withdraw, kill what is left of it on every node, and start it anew later."""
-        self._withdraw()
+        self._withdraw(why)
         self._pause(why)
         if self.phase is Phase.PAUSING:
             self._tell_all({"stop": 0})
@@ -561,7 +629,14 @@ class Supervisor:
         say(f"{why}; starting it again in {pause:g} s")
         self.phase, self.deadline = Phase.PAUSING, now + pause
 
-    def _withdraw(self) -> None:
+    def _withdraw(self, why: str) -> None:
+        if self.phase is Phase.SERVING:
+            self.events.add(Kind.WITHDRAWN, why=why[: events.WORDS_LIMIT])
+        self.retracted = self.publisher.retract()
+        self.routing.clear()
+        if self.retracted:
+            for channel in self.gateways:
+                self._tell_gateway(channel)
         if not self.publisher.withdraw(WITHDRAW_SECONDS):
             say(f"record: not removed within {WITHDRAW_SECONDS:g} s, still trying")
 
@@ -571,14 +646,16 @@ class Supervisor:
         """TERM: withdraw first, then ask Slurm why, then do what the cause asks for."""
         if self.phase is Phase.LEAVING or self.cause is Cause.FAILED:
             return
-        asked_at = time.monotonic()
-        self._withdraw()
+        asked_at, asked = time.monotonic(), time.time()
+        self._withdraw(how)
         if self.phase is Phase.SERVING:
             self.routed_until = time.monotonic() + ROUTED_SECONDS
         # Slurm may take ASK_SECONDS, and signals of agents make us ask again before the next tick.
         self._beat_all()
         cause = self._ask_why()
         first, self.cause = self.cause is None, self._stronger(cause)
+        if first or self.cause is cause:
+            self.events.add(Kind.SIGNALLED, at=asked, cause=self.cause.value)
         if first:
             say(f"told to stop ({how}): {self.cause.value}")
         elif self.cause is cause:
@@ -589,7 +666,11 @@ class Supervisor:
             self._stop()
         elif self.phase is Phase.SERVING:
             self.phase, self.deadline = Phase.DRAINING, asked_at + self.plan.drain_seconds
-            self._tell(self.home, {"watch_busy": 1})
+            self._watch_busy()
+
+    def _watch_busy(self) -> None:
+        self.watch, self.idle = self.watch + 1, False
+        self._tell(self.home, {"watch_busy": self.watch})
 
     def _ask_why(self) -> Cause:
         try:
@@ -616,13 +697,13 @@ class Supervisor:
         if self.phase in (Phase.STOPPING, Phase.LEAVING):
             return
         say(f"failed: {why}")
-        self._withdraw()
+        self._withdraw(why)
         if self.cause is None:
             self.cause, self.exit = Cause.FAILED, code
         self._stop()
 
     def _leave(self) -> None:
-        for channel in [*self.agents.values(), *self.pulses.values(), *self.strangers]:
+        for channel in [*self.agents.values(), *self.pulses.values(), *self.strangers, *self.gateways]:
             self._drop(channel)
         for listener in self.listeners:
             listener.close()
@@ -634,7 +715,11 @@ class Supervisor:
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(self.step.pid, signal.SIGKILL)
         # Slurm ends us when we requeue the job.
-        self.pulse.stop(WITHDRAW_SECONDS)
+        self.events.add(Kind.LEFT, exit=int(self.exit))
+        # A file system that hangs is waited for once, not for each.
+        deadline = time.monotonic() + WITHDRAW_SECONDS
+        self.events.close(WITHDRAW_SECONDS)
+        self.pulse.stop(max(0.0, deadline - time.monotonic()))
         if self.cause is not None and self.cause.requeues and self._ask_why().requeues:
             self._requeue()
 
@@ -645,6 +730,15 @@ class Supervisor:
             say(f"cannot requeue job {self.where.job}, the keeper will submit anew: {error}")
             return
         say(f"requeued job {self.where.job}")
+
+
+def server_key() -> str:
+    """What the gateway shows that it has; empty when this node has none: then there is no line to it."""
+    try:
+        return files.read_key(Path(os.environ.get("GLEANER_SERVER_KEY_FILE") or files.SERVER_KEY))
+    except ValueError as error:
+        say(f"the gateway will hear of a withdrawal later: {error}")
+        return ""
 
 
 def name_build(engine: Path, logs: Path) -> None:

@@ -22,6 +22,7 @@ from typing import Protocol
 
 from gleaner import files, heartbeat, record, slurm
 from gleaner.journal import OnChange, notify, say
+from gleaner.line import Line
 from gleaner.probe import Probe
 from gleaner.record import Reading, Record, Unreadable, Withdrawn
 from gleaner.states import Exit
@@ -35,6 +36,7 @@ TICK_SECONDS = 0.2
 # A first packet that is lost is sent again after a second.
 CONNECT_TIMEOUT = 2.0
 SEVER_SECONDS = 5.0
+LINE_SECONDS = 10.0
 FIRST_SIGHT = "record was not seen to change yet"
 
 
@@ -44,6 +46,8 @@ class TierConfig:
     job_name: str
     node_port: int
     nodes: dict[str, str]
+    supervisors: dict[str, str]
+    """Where its supervisor may be: a layer-split tier's is not always with the head."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +77,7 @@ class Config:
                         job_name=str(tier["job_name"]),
                         node_port=int(tier["node_port"]),
                         nodes={str(node): str(address) for node, address in tier["nodes"].items()},
+                        supervisors={str(node): str(address) for node, address in tier["supervisors"].items()},
                     )
                     for tier in value["tiers"]
                 ),
@@ -111,6 +116,11 @@ class Memory:
     healthy: bool = False
     reached: bool = True
     """The host took the last connection, or refused it."""
+    void: tuple[tuple[int, int], int] | None = None
+    """The run whose supervisor has withdrawn it, and the last `seq` that is void."""
+
+    def is_void(self, record: Record) -> bool:
+        return self.void is not None and record.run == self.void[0] and record.seq <= self.void[1]
 
 
 @dataclass(frozen=True)
@@ -146,7 +156,9 @@ def decide(
     """
     if isinstance(reading, Withdrawn):
         return Verdict(None, "no record")
-    good = memory.good
+    if isinstance(reading, Record) and memory.is_void(reading):
+        return Verdict(None, "its supervisor has withdrawn it")
+    good = None if memory.good is not None and memory.is_void(memory.good) else memory.good
     doubt = reading.why if isinstance(reading, Unreadable) else _doubt(tier, reading)
     fresh = False
     if isinstance(reading, Record) and not doubt:
@@ -164,9 +176,8 @@ def decide(
     if good is None:
         return Verdict(None, doubt or "Slurm does not answer")
     if jobs is None:
-        same = isinstance(reading, Record) and good.run == reading.run
-        if same and fresh:
-            return Verdict(good, "Slurm does not answer; the record is fresh")
+        if isinstance(reading, Record) and good.run == reading.run and fresh:
+            return Verdict(reading, "Slurm does not answer; the record is fresh")
         return Verdict(None, f"Slurm does not answer, and {doubt or 'the record is not the one routed'}")
     refusal = _refusal(good, jobs)
     if refusal:
@@ -486,8 +497,12 @@ class Watched:
     target: Record | None = None
     """What `probe` looks at, and what the tier is routed to while it is."""
     parting: Probe | None = None
-    """A last look at the server that was routed to before, at `parted`."""
+    """A look at the server that was routed to before, at `parted`, while there is one."""
     parted: str = ""
+    part_at: float = 0.0
+    line: Line | None = None
+    """To the supervisor of what was routed to last."""
+    line_at: float = 0.0
 
 
 def sever(address: str, port: int) -> str:
@@ -516,6 +531,7 @@ class Updater:
         self.reader = RegistryReader(config.registry, [tier.tier for tier in config.tiers], config.poll_seconds)
         self.watched = [Watched(tier, Router(config, tier, nginx)) for tier in config.tiers]
         self.changes = OnChange()
+        self.key_file = Path(os.environ.get("GLEANER_SERVER_KEY_FILE") or files.SERVER_KEY)
         for watched in self.watched:
             watched.router.prepare()
         self._forget_strangers()
@@ -534,6 +550,8 @@ class Updater:
         for watched in self.watched:
             self._forget_health(watched)
             self._forget_parting(watched)
+            if watched.line is not None:
+                watched.line.close()
         self.selector.close()
 
     def turn(self) -> None:
@@ -544,8 +562,12 @@ class Updater:
             return
         now = time.monotonic()
         for watched in self.watched:
+            # Before all else: another tier may have nginx reloaded, which takes a while.
+            self._hear(watched)
+        for watched in self.watched:
             self._look(watched, readings[watched.config.tier], now)
-            self._part(watched)
+            self._part(watched, now)
+            self._hold_line(watched, now)
 
     def _ask_slurm(self) -> None:
         now = time.monotonic()
@@ -568,6 +590,47 @@ class Updater:
     def _no_answer(self, why: str) -> None:
         self.jobs, self.asked = None, True
         self.changes.say("slurm", why)
+
+    @staticmethod
+    def _hear(watched: Watched) -> None:
+        """What the supervisor says of its record: it knows before the file system or Slurm tells."""
+        if watched.line is None:
+            return
+        watched.line.advance()
+        if watched.line.withdrawn is None:
+            return
+        memory = watched.memory
+        memory.void = watched.line.run, watched.line.withdrawn
+        if memory.good is not None and memory.is_void(memory.good):
+            watched.router.down()
+        watched.line.answer()
+
+    def _hold_line(self, watched: Watched, now: float) -> None:
+        """Have a line to the supervisor of what is routed."""
+        line, good = watched.line, watched.memory.good
+        if not watched.router.up or good is None or good.supervisor not in watched.config.supervisors:
+            return
+        if line is not None and line.run == good.run:
+            if not line.done:
+                if now >= watched.line_at:
+                    self.changes.clear(f"{watched.config.tier}/line")
+                return
+            self._no_line(watched, line.failure)
+        if now < watched.line_at:
+            return
+        if line is not None:
+            line.close()
+        watched.line_at = now + LINE_SECONDS
+        try:
+            key = files.read_key(self.key_file)
+        except ValueError as error:
+            self._no_line(watched, str(error))
+            return
+        watched.line = Line(self.selector, good.run, watched.config.supervisors[good.supervisor], good.line, key)
+
+    def _no_line(self, watched: Watched, why: str) -> None:
+        tier = watched.config.tier
+        self.changes.say(f"{tier}/line", f"{tier}: no line to its supervisor, its withdrawal may be seen later: {why}")
 
     def _look(self, watched: Watched, reading: Reading, now: float) -> None:
         tier, memory, router = watched.config, watched.memory, watched.router
@@ -605,6 +668,8 @@ class Updater:
         was_up = router.up
         if router.route(target, tier.nodes[target.host], tier.node_port):
             memory.good = target
+            if watched.parted == tier.nodes[target.host]:
+                self._forget_parting(watched)
             if not was_up:
                 say(f"{tier.tier}: routed to {target.host}, job {target.job} restart {target.restart}")
 
@@ -624,13 +689,19 @@ class Updater:
         else:
             watched.parting = self._health_probe(watched, address)
 
-    def _part(self, watched: Watched) -> None:
+    def _part(self, watched: Watched, now: float) -> None:
+        """Look at the server that was left for as long as there is one: its host may be lost while it drains."""
+        if watched.parting is None and watched.parted and now >= watched.part_at:
+            watched.parting = self._health_probe(watched, watched.parted)
         probe = watched.parting
         if probe is None or not (probe.advance() or probe.connected):
             return
+        place = watched.parted
         self._forget_parting(watched)
-        if not probe.connected and probe.failure != "refused":
-            self._sever(watched, watched.parted)
+        if probe.connected:
+            watched.parted, watched.part_at = place, now + self.config.poll_seconds
+        elif probe.failure != "refused":
+            self._sever(watched, place)
 
     def _sever(self, watched: Watched, address: str) -> None:
         failure = self.sever(address, watched.config.node_port)
@@ -638,6 +709,7 @@ class Updater:
 
     @staticmethod
     def _forget_parting(watched: Watched) -> None:
+        watched.parted = ""
         if watched.parting is not None:
             watched.parting.close()
             watched.parting = None

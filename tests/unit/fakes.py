@@ -204,8 +204,9 @@ class Home:
         self.root = Path(tempfile.mkdtemp(prefix="gleaner-test-"))
         self.slurm, self.server = self.root / "slurm", self.root / "server"
         self.registry, self.plans = self.root / "ai" / "endpoints", self.root / "ai" / "plans"
+        self.events = self.root / "ai" / "events"
         self.bin, self.engine = self.root / "bin", self.root / "engine" / "bin"
-        for folder in (self.slurm, self.server, self.registry, self.plans, self.bin, self.engine):
+        for folder in (self.slurm, self.server, self.registry, self.plans, self.events, self.bin, self.engine):
             folder.mkdir(parents=True)
         for command in ("srun", "scontrol", "squeue", "sbatch", "scancel", "sacct"):
             self.program(self.bin / command, SLURM)

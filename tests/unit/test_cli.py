@@ -80,7 +80,13 @@ def place(monkeypatch: pytest.MonkeyPatch) -> Iterator[Home]:
     with home() as made:
         for name, value in made.environment().items():
             monkeypatch.setenv(name, value)
-        tier = {"tier": "fast", "job_name": "llama-14b", "node_port": 8080, "nodes": {"vasp-02": "10.0.0.12"}}
+        tier = {
+            "tier": "fast",
+            "job_name": "llama-14b",
+            "node_port": 8080,
+            "nodes": {"vasp-02": "10.0.0.12"},
+            "supervisors": {"vasp-02": "10.0.0.12"},
+        }
         gateway = {
             "v": 1,
             "registry": str(made.registry),

@@ -100,12 +100,12 @@ def test_reader_that_stops_reading_is_closed_not_waited_for(pair: tuple[Channel,
     "message",
     [
         {},
-        {"hello": 2},
+        {"hello": heartbeat.VERSION},
         {"token": "t", "node": "n", "network": 0},
-        {"hello": 2, "token": 5, "node": "n", "network": 0},
-        {"hello": 2, "token": "wrong", "node": "n", "network": 0},
-        {"hello": 2, "token": "t", "node": None, "network": 0},
-        {"hello": 2, "token": "t", "node": "n"},
+        {"hello": heartbeat.VERSION, "token": 5, "node": "n", "network": 0},
+        {"hello": heartbeat.VERSION, "token": "wrong", "node": "n", "network": 0},
+        {"hello": heartbeat.VERSION, "token": "t", "node": None, "network": 0},
+        {"hello": heartbeat.VERSION, "token": "t", "node": "n"},
     ],
 )
 def test_greeting_without_the_token_is_refused(message: heartbeat.Message) -> None:

@@ -126,6 +126,11 @@ def test_requeued_job_does_not_wait(site: Site) -> None:
     site.queue(queue_line(state="PENDING", restarts="1", reason="BeginTime", nodes=""))
     site.poll()
     assert site.place.calls_of("scontrol update") == ["scontrol update JobId=41 StartTime=now+2"]
+    site.poll()
+    assert site.place.calls_of("scontrol update")[1:] == ["scontrol update JobId=41 StartTime=now"]
+    site.queue(queue_line(state="PENDING", restarts="2", reason="BeginTime", nodes=""))
+    site.poll()
+    assert site.place.calls_of("scontrol update")[2:] == ["scontrol update JobId=41 StartTime=now+2"]
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,7 @@ def plan(place: Home, **more: Any) -> Path:
         "tier": TIER,
         "kind": "layer_split",
         "job_name": "llama-72b",
-        "slurm": {"cpus_per_node": 2, "signal_seconds": 25},
+        "slurm": {"cpus_per_node": 2, "gpus_per_node": 1, "signal_seconds": 25},
         "engine": {"prefix": str(place.engine.parent)},
         "nodes": {
             name: {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import selectors
 import shutil
 import signal
 import socket
@@ -17,9 +18,10 @@ from typing import Any
 
 import pytest
 
-from gleaner import life, record, supervisor
+from gleaner import events, life, line, record, supervisor
+from gleaner.events import Kind
 from gleaner.states import Cause, Exit
-from tests.unit.fakes import Home, alive, home, job_text, wait_for
+from tests.unit.fakes import SERVER_KEY, Home, alive, home, job_text, wait_for
 
 TIER = "fast"
 SOURCE = Path(supervisor.__file__).parent.parent
@@ -38,7 +40,7 @@ def plan(place: Home, **more: Any) -> Path:
         "tier": TIER,
         "kind": "router",
         "job_name": "llama-14b",
-        "slurm": {"cpus_per_node": 2, "signal_seconds": 25},
+        "slurm": {"cpus_per_node": 2, "gpus_per_node": 1, "signal_seconds": 25},
         "engine": {"prefix": str(place.engine.parent)},
         "nodes": {"vasp-02": {"address": "127.0.0.1", "rpc_address": "127.0.0.1", "numa_node": None}},
         "server": {"node_port": place.port, "args": ["--models-max", "2"], "environment": {"EXTRA": "yes"}},
@@ -194,6 +196,62 @@ def test_preempted_idle_yields_at_once(place: Home) -> None:
     assert nothing_left(place)
 
 
+def told(place: Home) -> list[events.Event]:
+    problems: list[str] = []
+    found = events.read(place.events, problems)
+    assert not problems
+    return found
+
+
+def test_the_event_log_has_the_whole_of_a_run(place: Home) -> None:
+    child = supervise(place)
+    wait_for(lambda: served(place))
+    place.set(place.slurm / "job", job_text(preempted="2026-11-24T01:10:00"))
+    signalled = time.time()
+    child.send_signal(signal.SIGTERM)
+    assert child.wait(10) == Exit.STOPPED
+    found = told(place)
+    # Withdrawn and signalled are of one moment.
+    assert sorted((event.kind for event in found), key=list(Kind).index) == list(Kind)
+    assert [found[0].kind, found[-1].kind] == [Kind.STARTED, Kind.LEFT]
+    assert {event.run for event in found} == {(41, 1)}
+    assert found[0].more == {"nodes": ["vasp-02"], "gpus": 1}
+    by_kind = {event.kind: event for event in found}
+    assert by_kind[Kind.SIGNALLED].more == {"cause": "preempted"}
+    assert -0.001 <= by_kind[Kind.SIGNALLED].at - signalled < 1
+    assert by_kind[Kind.DRAINED].more == {"whole": True}
+    assert by_kind[Kind.LEFT].more == {"exit": 0}
+
+
+def test_a_server_that_dies_is_in_the_event_log(place: Home) -> None:
+    supervise(place)
+    wait_for(lambda: served(place))
+    os.kill(place.started[0]["pid"], signal.SIGKILL)
+    wait_for(lambda: [event.kind for event in told(place)].count(Kind.SERVING) == 2)
+    (withdrawn,) = (event for event in told(place) if event.kind is Kind.WITHDRAWN)
+    assert withdrawn.more["why"].startswith("server on vasp-02 ended with")
+
+
+def test_events_that_cannot_be_written_are_in_the_supervisors_log(place: Home) -> None:
+    shutil.rmtree(place.events)
+    child = supervise(place)
+    wait_for(lambda: served(place))
+    child.send_signal(signal.SIGTERM)
+    assert child.wait(10) == Exit.STOPPED
+    log = place.log("supervise")
+    lost = [text.partition("event not written: ")[2] for text in log.splitlines() if "event not written" in text]
+    assert [events.parse(text.encode()).kind for text in lost] == list(Kind)
+    assert "events: cannot be written to" in log
+
+
+def test_a_signal_that_came_before_it_could_be_heard(place: Home) -> None:
+    place.set(place.slurm / "job", job_text(preempted="2026-11-24T01:10:00"))
+    assert supervise(place).wait(10) == Exit.STOPPED
+    assert "told to stop (seen at the start): preempted" in place.log("supervise")
+    assert place.calls_of("srun") == []
+    assert place.calls_of("scontrol requeue") == ["scontrol requeue 41"]
+
+
 def test_preempted_busy_drains_first(place: Home) -> None:
     child = supervise(place)
     wait_for(lambda: served(place))
@@ -223,6 +281,72 @@ def test_a_request_that_the_gateway_hands_over_after_the_withdrawal_is_drained_t
     (place.server / "busy").unlink()
     assert child.wait(10) == Exit.STOPPED
     assert "drain: nothing in flight" in place.log("supervise")
+
+
+@contextlib.contextmanager
+def gateway(place: Home, key: str = SERVER_KEY) -> Iterator[line.Line]:
+    """The gateway's end of the line to the supervisor of what is served."""
+    found = wait_for(lambda: served(place))
+    assert found.supervisor == "vasp-02"
+    with selectors.DefaultSelector() as selector:
+        end = line.Line(selector, found.run, "127.0.0.1", found.line, key)
+        with contextlib.closing(end):
+            yield end
+
+
+def hear(end: line.Line) -> line.Line:
+    end.advance()
+    return end
+
+
+def test_a_gateway_with_a_line_hears_of_the_withdrawal_and_is_waited_for(place: Home) -> None:
+    child = supervise(place)
+    with gateway(place) as end:
+        wait_for(lambda: hear(end) and "the gateway has a line to us" in place.log("supervise"))
+        seq = served(place)
+        place.set(place.slurm / "job", job_text(preempted="2026-11-24T01:10:00"))
+        child.send_signal(signal.SIGTERM)
+        wait_for(lambda: hear(end).withdrawn is not None)
+        assert seq is not None
+        assert end.withdrawn is not None
+        assert end.withdrawn >= seq.seq
+        # What came until the gateway knew is drained.
+        place.set(place.server / "busy")
+        end.answer()
+        wait_for(lambda: "drain: the gateway takes no request any more" in place.log("supervise"))
+        time.sleep(1.5)
+        assert alive(place.started[0]["pid"])
+        (place.server / "busy").unlink()
+        assert child.wait(10) == Exit.STOPPED
+    assert "drain: nothing in flight" in place.log("supervise")
+    assert nothing_left(place)
+
+
+def test_an_idle_tier_leaves_when_the_gateway_has_answered(place: Home) -> None:
+    child = supervise(place)
+    with gateway(place) as end:
+        wait_for(lambda: hear(end) and "the gateway has a line to us" in place.log("supervise"))
+        place.set(place.slurm / "job", job_text(preempted="2026-11-24T01:10:00"))
+        child.send_signal(signal.SIGTERM)
+        wait_for(lambda: hear(end).withdrawn is not None)
+        end.answer()
+        assert child.wait(10) == Exit.STOPPED
+        wait_for(lambda: hear(end).done)
+    drained = {event.kind: event.at for event in told(place)}
+    assert drained[Kind.DRAINED] - drained[Kind.SIGNALLED] < supervisor.ROUTED_SECONDS
+
+
+def test_a_line_is_for_the_gateway_alone(place: Home) -> None:
+    supervise(place)
+    with gateway(place, key="f" * 64) as end:
+        wait_for(lambda: hear(end).done)
+    assert "connection refused: wrong token of a gateway" in place.log("supervise")
+
+
+def test_without_a_key_there_is_no_line(place: Home) -> None:
+    (place.root / "server.key").unlink()
+    supervise(place)
+    wait_for(lambda: "the gateway will hear of a withdrawal later" in place.log("supervise"))
 
 
 def test_drain_ends_with_its_budget(place: Home) -> None:
@@ -396,9 +520,9 @@ def test_stranger_on_the_heartbeat_port_changes_nothing(place: Home) -> None:
     child = supervise(place)
     wait_for(lambda: served(place))
     port = heartbeat_port(child.pid)
-    for line in (b'{"hello":1,"token":"guess","node":"vasp-02"}\n', b"\xff" * 5000, b"[]\n"):
+    for text in (b'{"hello":1,"token":"guess","node":"vasp-02"}\n', b"\xff" * 5000, b"[]\n"):
         with socket.create_connection(("127.0.0.1", port), 2) as stranger:
-            stranger.sendall(line)
+            stranger.sendall(text)
             stranger.settimeout(5)
             with contextlib.suppress(ConnectionResetError):
                 assert stranger.recv(100) == b""
@@ -456,8 +580,8 @@ def agents_of(place: Home) -> list[int]:
 def heartbeat_port(pid: int) -> int:
     """The port on which this process listens, from /proc."""
     inodes = {os.readlink(entry.path) for entry in os.scandir(f"/proc/{pid}/fd")}
-    for line in Path("/proc/net/tcp").read_text().splitlines()[1:]:
-        cells = line.split()
+    for entry in Path("/proc/net/tcp").read_text().splitlines()[1:]:
+        cells = entry.split()
         if cells[3] == "0A" and f"socket:[{cells[9]}]" in inodes:
             return int(cells[1].partition(":")[2], 16)
     raise AssertionError("no listening port")

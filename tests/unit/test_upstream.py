@@ -7,6 +7,7 @@ import dataclasses
 import http.server
 import json
 import os
+import select
 import socket
 import threading
 import time
@@ -16,12 +17,13 @@ from typing import Any
 
 import pytest
 
-from gleaner import files, life, record, upstream
+from gleaner import files, heartbeat, life, line, record, upstream
 from gleaner.record import Record, Unreadable, Withdrawn
 from gleaner.slurm import Job
-from tests.unit.fakes import Home, home, queue_line, wait_for
+from tests.unit.fakes import SERVER_KEY, Home, home, queue_line, wait_for
 
-TIER = upstream.TierConfig("fast", "llama-14b", 8080, {"vasp-02": "10.0.0.12", "vasp-03": "10.0.0.13"})
+PLACES = {"vasp-02": "10.0.0.12", "vasp-03": "10.0.0.13"}
+TIER = upstream.TierConfig("fast", "llama-14b", 8080, PLACES, PLACES)
 RECORD = Record("fast", 41, 0, "vasp-02", 8080, (), 0, 5)
 RUNNING = Job(41, "llama-14b", "RUNNING", 0, False, 60, "vasp-02", "None")
 
@@ -153,6 +155,9 @@ class FakeNginx:
         return self.fails
 
 
+NODES = {"vasp-02": "127.0.0.1"}
+
+
 class Site:
     """An updater's surroundings: registry, queue, health server, a stand-in for nginx."""
 
@@ -168,7 +173,7 @@ class Site:
             stale_seconds=1.0,
             flags_dir=self.flags,
             upstream_dir=self.upstreams,
-            tiers=(upstream.TierConfig("fast", "llama-14b", place.port, {"vasp-02": "127.0.0.1"}),),
+            tiers=(upstream.TierConfig("fast", "llama-14b", place.port, NODES, NODES),),
         )
         self.flag = self.flags / "fast.up"
         self.conf = self.upstreams / "upstream-fast.conf"
@@ -397,6 +402,63 @@ def test_flag_of_a_tier_that_left_goes(site: Site) -> None:
     assert sorted(path.name for path in site.flags.iterdir()) == ["fast.loaded", "fast.up"]
 
 
+def heard(channel: heartbeat.Channel, so_far: list[heartbeat.Message]) -> list[heartbeat.Message]:
+    so_far += channel.receive()
+    return so_far
+
+
+@contextlib.contextmanager
+def supervised(site: Site) -> Iterator[tuple[heartbeat.Channel, int]]:
+    """A supervisor's end of the line to a gateway that routes its tier, and the `seq` up to which it will withdraw."""
+    listener = heartbeat.listen("127.0.0.1")
+    with contextlib.closing(listener):
+        site.serve()
+        site.queue(queue_line())
+        site.publisher = record.Publisher(site.place.registry, beat_seconds=0.1)
+        site.publisher.publish(
+            read_as(port=site.place.port, restart=0, supervisor="vasp-02", line=listener.getsockname()[1])
+        )
+        site.until(lambda: site.up)
+        site.until(lambda: select.select([listener], [], [], 0)[0])
+        connection, _ = listener.accept()
+        channel = heartbeat.Channel(connection)
+        with contextlib.closing(channel):
+            got: list[heartbeat.Message] = []
+            site.until(lambda: heard(channel, got))
+            line.check_greeting(got[0], SERVER_KEY, (41, 0))
+            yield channel, 1 << 40
+
+
+def test_a_withdrawal_over_the_line_counts_at_once_and_is_answered(site: Site) -> None:
+    with supervised(site) as (channel, seq):
+        channel.send(line.withdrawn(seq))
+        got: list[heartbeat.Message] = []
+        site.until(lambda: heard(channel, got))
+        assert got == [line.away(seq)]
+        assert not site.up
+        assert isinstance(record.read(site.place.registry, "fast"), Record), "the file system still shows the record"
+        site.turn_for(0.5)
+        assert not site.up
+        assert channel.receive() == [], "it is answered once"
+
+
+def test_what_is_published_after_a_withdrawal_is_routed_again(site: Site) -> None:
+    with supervised(site) as (channel, _):
+        assert site.publisher is not None
+        channel.send(line.withdrawn(site.publisher.retract()))
+        site.until(lambda: not site.up)
+        site.publisher.publish(read_as(port=site.place.port, restart=0))
+        site.until(lambda: site.up)
+
+
+def test_a_line_that_ends_withdraws_nothing(site: Site, capfd: pytest.CaptureFixture[str]) -> None:
+    with supervised(site) as (channel, _):
+        channel.close()
+        site.turn_for(0.5)
+        assert site.up
+    assert "fast: no line to its supervisor, its withdrawal may be seen later" in capfd.readouterr().err
+
+
 def test_own_restart_after_the_job_went_drops(site: Site) -> None:
     routed(site)
     site.queue("")
@@ -468,6 +530,27 @@ def test_the_probe_under_way_is_the_last_look(site: Site, monkeypatch: pytest.Mo
         site.until(lambda: site.severed)
     assert probe is not None
     assert probe.failure == "timeout"
+
+
+def test_a_host_that_is_lost_while_its_server_drains(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(upstream, "CONNECT_TIMEOUT", 0.5)
+    routed(site)
+    site.queue("")
+    site.until(lambda: not site.up)
+    site.turn_for(0.5)
+    assert site.severed == []
+    with gone(site):
+        site.until(lambda: site.severed)
+
+
+def test_a_server_that_is_routed_again_is_looked_at_as_ever(site: Site) -> None:
+    routed(site)
+    site.queue("")
+    site.until(lambda: not site.up)
+    assert site.updater.watched[0].parted
+    site.queue(queue_line())
+    site.until(lambda: site.up)
+    assert not site.updater.watched[0].parted
 
 
 def test_a_host_that_did_not_answer_needs_no_last_look(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -686,7 +769,8 @@ def test_program_runs_and_leaves_routing_as_it_is(site: Site) -> None:
                 "job_name": "llama-14b",
                 "gateway_port": 1,
                 "node_port": place.port,
-                "nodes": {"vasp-02": "127.0.0.1"},
+                "nodes": NODES,
+                "supervisors": NODES,
             },
         ],
     }

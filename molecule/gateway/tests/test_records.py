@@ -89,7 +89,8 @@ CASES = [
     pytest.param(changed(models=[f"a; server {EVIL}"]), "models: got", id="model-name"),
     pytest.param(changed(job=999999), "job: got 999999", id="foreign-job"),
     pytest.param(changed(restart=99), "restart: got 99", id="foreign-restart"),
-    pytest.param(changed(extra=EVIL), "unknown field", id="unknown-field"),
+    pytest.param(changed(supervisor=f"vasp-02; {EVIL}"), "supervisor: got", id="supervisor"),
+    pytest.param(changed(line=70000), "line: got 70000", id="line"),
 ]
 
 

@@ -1,0 +1,76 @@
+"""A paying job gets its nodes at once, whatever the tier is doing; clients are told, and the tier is back by itself."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from benchmarks import preemption
+from benchmarks.preemption import CASES, FAST, LONG, LONG_TOKENS, REASONING, SHORT, STREAMS, WIDE
+from gleaner.events import Kind
+from tests.lab import cluster, preempt
+from tests.lab.cluster import CONTROLLER, run
+
+# Of the lab's tiers.
+DRAIN_SECONDS = 5.0
+
+
+@pytest.fixture(autouse=True)
+def _served() -> None:
+    preempt.wait_served()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def began() -> float:
+    """When this module began: what was before is others'."""
+    return time.time()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _folder() -> Iterator[None]:
+    preemption.prepare(preempt.controller())
+    yield
+    run(CONTROLLER, f"rm -r {preemption.FOLDER}")
+
+
+@pytest.fixture(scope="module")
+def tokens(_folder: None) -> dict[str, int]:
+    preempt.wait_served()
+    return {SHORT: preemption.short_tokens(preempt.controller().address, DRAIN_SECONDS), LONG: LONG_TOKENS}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_clients_are_served_or_told_and_the_tier_is_back(case: str, tokens: dict[str, int]) -> None:
+    tiers = (FAST, REASONING) if case == WIDE else (FAST,)
+    before = {tier: preempt.tier_job(tier) for tier in tiers}
+    played = preemption.play(preempt.controller(), case, 0.0, tokens.get(case, 0))
+    assert played.wrong == ()
+    if case in STREAMS:
+        assert played.stream is not None
+        assert played.stream.done is (case == SHORT), played.stream
+        assert bool(played.stream.error) is (case == LONG), "a connection that is closed, not a stream that looks whole"
+    for tier, job in before.items():
+        after = preempt.tier_job(tier)
+        assert (after.id, after.restarts) == (job.id, job.restarts + 1)
+        assert "FAILED" not in preempt.states(job.id)
+        drained = [
+            one for one in preempt.told(tier, job.id) if one.restart == job.restarts and one.kind is Kind.DRAINED
+        ]
+        assert [one.more["whole"] for one in drained] == [case != LONG]
+
+
+def test_the_ledger_has_it_all(began: float) -> None:
+    for tier, times in ((FAST, len(CASES)), (REASONING, 1)):
+        told = preempt.ledger(tier, f"@{int(began)}")
+        assert told["preemptions"] == times
+        assert told["waited"]["count"] == times
+        assert told["gpu_hours"] > 0
+        assert 0 < told["available_share"] < 1
+        assert told["differences"] == []
+    text = run(CONTROLLER, "gleaner report --since 1h")
+    assert "others waited for us" in text
+    refused = cluster.run_as("alice", CONTROLLER, "gleaner", "report")
+    assert refused.returncode == 2
+    assert "cure: sudo" in refused.stderr
