@@ -108,6 +108,11 @@ def output(ssh: list[str], *command: str) -> str:
     return (run.stdout + run.stderr).strip()
 
 
+def put(ssh: list[str], path: str, text: str) -> None:
+    """Write a file on a host."""
+    subprocess.run([*ssh, shlex.join(["tee", path])], input=text, text=True, check=True, stdout=subprocess.DEVNULL)
+
+
 def machine() -> Mapping[str, str]:
     """This machine and this commit, as rows for a table."""
     memory_mib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") >> 20

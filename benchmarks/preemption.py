@@ -15,7 +15,6 @@ import contextlib
 import functools
 import http.client
 import json
-import shlex
 import statistics
 import subprocess
 import sys
@@ -190,8 +189,7 @@ class Controller:
 def prepare(controller: Controller) -> None:
     """A folder for paying jobs, and what they run."""
     controller.run(f"install -d -o {USER} {FOLDER}")
-    script = [*controller.ssh, shlex.join(["tee", f"{FOLDER}/paying.sh"])]
-    subprocess.run(script, input=PAYING, text=True, check=True, stdout=subprocess.DEVNULL)
+    lab.put(controller.ssh, f"{FOLDER}/paying.sh", PAYING)
 
 
 def request(tier: str, tokens: int, **more: object) -> bytes:
@@ -348,6 +346,7 @@ def paying(controller: Controller, tiers: Sequence[str]) -> Iterator[tuple[int, 
     try:
         yield job, submitted
     finally:
+        # A job that is over, as it should be, cannot be cancelled: what went wrong before this is told by itself.
         controller.run(f"runuser -u {USER} -- touch {FOLDER}/{job}.stop; scancel --quiet {job} || true")
 
 
@@ -358,7 +357,8 @@ def idle_wait(controller: Controller, tiers: Sequence[str]) -> float:
     with paying(controller, tiers) as (job, submitted):
         started = controller.noted(job, "start", 60)
         controller.end(job)
-    wait_until("the nodes are idle again", lambda: not controller.run(f"squeue --noheader --job={job} || true"), 30)
+    # Not by its number, which Slurm may have forgotten: a question that fails is no idle node.
+    wait_until("the nodes are idle again", lambda: not controller.run(f"squeue --noheader --user={USER}"), 30)
     return started - submitted
 
 

@@ -10,9 +10,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import shlex
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -272,12 +270,6 @@ def tiers_away(controller: list[str], site: Mapping[str, Any]) -> Iterator[None]
         lab.output(controller, "systemctl", "start", KEEPER)
 
 
-def put(controller: list[str], path: str, text: str) -> None:
-    subprocess.run(
-        [*controller, shlex.join(["tee", path])], input=text, text=True, check=True, stdout=subprocess.DEVNULL
-    )
-
-
 def run(here: lab.Lab, site: Mapping[str, Any], wish: argparse.Namespace, nodes: Sequence[str]) -> str:
     """Submit the job as the service user, wait for it, and give what its program wrote."""
     controller, user = here.ssh(str(site["controller"])), str(site["service_user"])
@@ -298,9 +290,9 @@ def run(here: lab.Lab, site: Mapping[str, Any], wish: argparse.Namespace, nodes:
     lab.output(controller, "install", "-d", "-o", user, folder, f"{folder}/benchmarks")
     try:
         for name in PROGRAMS:
-            put(controller, f"{folder}/benchmarks/{name}", Path(__file__).with_name(name).read_text())
-        put(controller, f"{folder}/task.json", json.dumps(task))
-        put(controller, f"{folder}/split.slurm", script(split, memory_mib, folder, programs, threads))
+            lab.put(controller, f"{folder}/benchmarks/{name}", Path(__file__).with_name(name).read_text())
+        lab.put(controller, f"{folder}/task.json", json.dumps(task))
+        lab.put(controller, f"{folder}/split.slurm", script(split, memory_mib, folder, programs, threads))
         with tiers_away(controller, site):
             submit = ("runuser", "-u", user, "--", "sbatch", "--parsable", "--job-name=split", f"{folder}/split.slurm")
             job = int(lab.output(controller, *submit))

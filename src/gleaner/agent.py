@@ -398,7 +398,7 @@ class Agent:
             self.lines.append(line)
         # Orders and answers; the others carry beats alone.
         self.channel = self.lines[0]
-        self.key_file = Path(os.environ.get("GLEANER_SERVER_KEY_FILE") or files.SERVER_KEY)
+        self.key_file = files.server_key_path()
         self.key = ""
         self.task: Task | None = None
         self.process: Process | None = None

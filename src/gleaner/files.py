@@ -65,6 +65,11 @@ def load_config(path: Path) -> dict[str, Any]:
     return value
 
 
+def server_key_path() -> Path:
+    """Where this host has the key of llama-server; tests have it elsewhere."""
+    return Path(os.environ.get("GLEANER_SERVER_KEY_FILE") or SERVER_KEY)
+
+
 def read_key(path: Path) -> str:
     """The key of llama-server; ValueError names the file and what is wrong, never the key."""
     try:

@@ -11,6 +11,7 @@ import contextlib
 import hmac
 import json
 import os
+import selectors
 import signal
 import socket
 import time
@@ -105,6 +106,13 @@ class Channel:
 
     def close(self) -> None:
         self.socket.close()
+
+
+def let_go(selector: selectors.BaseSelector, sock: socket.socket) -> None:
+    """Close a socket that a selector may watch."""
+    with contextlib.suppress(KeyError, ValueError):
+        selector.unregister(sock)
+    sock.close()
 
 
 def listen(address: str) -> socket.socket:

@@ -14,7 +14,7 @@ import selectors
 import socket
 import time
 
-from gleaner.heartbeat import Channel, ChannelClosed, Message
+from gleaner.heartbeat import Channel, ChannelClosed, Message, let_go
 
 # Of the messages below.
 VERSION = 1
@@ -134,6 +134,4 @@ class Line:
     def close(self) -> None:
         if not self.done:
             self.done = True
-            with contextlib.suppress(KeyError, ValueError):
-                self._selector.unregister(self._socket)
-            self._socket.close()
+            let_go(self._selector, self._socket)

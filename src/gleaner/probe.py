@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import http.client
 import io
@@ -10,6 +9,8 @@ import os
 import selectors
 import socket
 import time
+
+from gleaner.heartbeat import let_go
 
 BODY_LIMIT = 4 << 20
 
@@ -126,6 +127,4 @@ class Probe:
     def close(self) -> None:
         if not self.done:
             self.done = True
-            with contextlib.suppress(KeyError, ValueError):
-                self._selector.unregister(self._socket)
-            self._socket.close()
+            let_go(self._selector, self._socket)

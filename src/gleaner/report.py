@@ -24,6 +24,7 @@ from typing import Any
 
 from gleaner import events, slurm, upstream
 from gleaner.events import Event, Kind
+from gleaner.slurm import local_time
 from gleaner.states import Cause
 
 # The two clocks are of different hosts, and accounting rounds down.
@@ -180,6 +181,11 @@ def _stay(group: Sequence[Event], run: slurm.Run | None, after: float) -> Stay:
     )
 
 
+def preempted_in(all_stays: Iterable[Stay], period: Span) -> list[Stay]:
+    """Those that were preempted in a period: what a run did before it is known, but counts no more."""
+    return [stay for stay in all_stays if stay.preempted is not None and stay.preempted >= period.begin]
+
+
 def waits(vacated: Iterable[Stay], others: Others) -> list[Wait]:
     """Who waited for us: who was queued when a preempted run left, and started on its nodes before anybody else's end.
 
@@ -242,7 +248,7 @@ def differences(told: Sequence[Stay], accounted: Sequence[slurm.Run], period: Sp
         and (period.end if run.ended is None else run.ended) - run.started > SHORT_SECONDS
     ]
     lines += [
-        f"job {stay.job} restart {stay.restart}, started {_when(stay.started)}: accounting does not know it"
+        f"job {stay.job} restart {stay.restart}, started {local_time(stay.started)}: accounting does not know it"
         for stay in mine
         # Accounting lags.
         if stay.run is None and period.end - stay.started > LAG_SECONDS
@@ -276,8 +282,7 @@ def ledger(
     tier: str, all_stays: Sequence[Stay], accounted: Sequence[slurm.Run], others: Others, period: Span
 ) -> Ledger:
     """What one tier did: its stays, its job's runs by accounting, and everybody else's."""
-    # What a run of before the period did is known, but counts no more.
-    preempted = [stay for stay in all_stays if stay.preempted is not None and stay.preempted >= period.begin]
+    preempted = preempted_in(all_stays, period)
     recent = [stay for stay in all_stays if stay.started >= period.begin or stay in preempted]
     told = {(stay.run.job, stay.run.started): stay for stay in all_stays if stay.run is not None}
     starts = sorted(run.started for run in accounted)
@@ -326,19 +331,15 @@ def collect(config: upstream.Config, period: Span, problems: list[str]) -> Repor
             (event for event in told if event.tier == tier.tier and event.at <= period.end), mine, period.end
         )
         ledgers.append(ledger(tier.tier, all_stays, mine, others, period))
-        vacated += [stay for stay in all_stays if stay.preempted is not None and stay.preempted >= period.begin]
+        vacated += preempted_in(all_stays, period)
     return Report(period, tuple(ledgers), tuple(waits(sorted(vacated, key=lambda stay: stay.started), others)))
 
 
 # Words
 
 
-def _when(at: float) -> str:
-    return time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(at))
-
-
 def _run(run: slurm.Run) -> str:
-    return f"job {run.job}, started {_when(run.started)}"
+    return f"job {run.job}, started {local_time(run.started)}"
 
 
 def _summary(values: Sequence[float]) -> dict[str, float] | None:
@@ -385,12 +386,13 @@ def in_words(report: Report) -> str:
     """For people."""
     whole = as_json(report)
     lines = [
-        f"from {_when(report.period.begin)} to {_when(report.period.end)}, local time",
+        f"from {local_time(report.period.begin)} to {local_time(report.period.end)}, local time",
         f"gleaned {whole['gpu_hours']:.2f} GPU-hours",
         f"others waited for us, at most: {_told(whole['waited'], 'nobody')}",
     ]
     lines += [
-        f"  job {wait.job} of {wait.user} on {','.join(wait.nodes)}: {wait.seconds:.1f} s, from {_when(wait.since)}"
+        f"  job {wait.job} of {wait.user} on {','.join(wait.nodes)}: "
+        f"{wait.seconds:.1f} s, from {local_time(wait.since)}"
         for wait in sorted(report.waits, key=lambda wait: -wait.seconds)[:WORST]
     ]
     for value in whole["tiers"]:
@@ -443,7 +445,7 @@ def run(args: argparse.Namespace) -> int:
         if os.geteuid() != 0:
             raise ValueError("uid: got another than 0: accounting may show others' jobs to root only; cure: sudo")
         if period.end <= period.begin:
-            raise ValueError(f"--since: got {_when(period.begin)}, want a time before {_when(period.end)}")
+            raise ValueError(f"--since: got {local_time(period.begin)}, want a time before {local_time(period.end)}")
         found = collect(upstream.Config.load(args.config), period, problems)
     except (ValueError, slurm.SlurmError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -281,8 +281,8 @@ def _sacct(since: float, until: float, *more: str) -> str:
     return run(
         [
             *("sacct", "--allocations", "--duplicates", "--noheader", "--parsable2"),
-            f"--starttime={_local(since)}",
-            f"--endtime={_local(until)}",
+            f"--starttime={local_time(since)}",
+            f"--endtime={local_time(until)}",
             *more,
         ],
         ACCOUNTING_SECONDS,
@@ -305,7 +305,7 @@ def names_of(user: str, since: float, until: float) -> dict[int, str]:
     return {int(job): name for job, _, name in (row.partition("|") for row in rows) if job.isdigit()}
 
 
-def _local(at: float) -> str:
+def local_time(at: float) -> str:
     """A time as Slurm's commands take it."""
     return time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(at))
 

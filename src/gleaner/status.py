@@ -47,7 +47,8 @@ def look(config: upstream.Config, kept: dict[str, keeper.TierState]) -> list[dic
         mine = None if jobs is None else [job for job in jobs if job.name == tier.job_name]
         reading = record.read(config.registry, tier.tier)
         routed = upstream.flag_of(config, tier.tier).exists()
-        state = state_of(mine, reading, routed, kept.get(tier.tier, keeper.TierState()))
+        remembered = kept.get(tier.tier, keeper.TierState())
+        state = state_of(mine, reading, routed, remembered)
         job = max(mine or [], key=lambda one: one.state == "RUNNING", default=None)
         lines.append(
             {
@@ -57,9 +58,9 @@ def look(config: upstream.Config, kept: dict[str, keeper.TierState]) -> list[dic
                 "job": job.id if job else None,
                 "node": job.nodes if job and job.state == "RUNNING" else None,
                 "reason": job.reason if job and job.state == "PENDING" else None,
-                "held": kept[tier.tier].held if tier.tier in kept else False,
-                "ending": kept[tier.tier].ending if tier.tier in kept else False,
-                "why": kept[tier.tier].why or None if tier.tier in kept else None,
+                "held": remembered.held,
+                "ending": remembered.ending,
+                "why": remembered.why or None,
                 "models": list(reading.models) if isinstance(reading, Record) else [],
             }
         )

@@ -370,9 +370,7 @@ class Supervisor:
                 self.strangers.append(channel)
 
     def _drop(self, channel: heartbeat.Channel) -> None:
-        with contextlib.suppress(KeyError, ValueError):
-            self.selector.unregister(channel.socket)
-        channel.close()
+        heartbeat.let_go(self.selector, channel.socket)
 
     def _hear_strangers(self) -> None:
         for channel in list(self.strangers):
@@ -735,7 +733,7 @@ class Supervisor:
 def server_key() -> str:
     """What the gateway shows that it has; empty when this node has none: then there is no line to it."""
     try:
-        return files.read_key(Path(os.environ.get("GLEANER_SERVER_KEY_FILE") or files.SERVER_KEY))
+        return files.read_key(files.server_key_path())
     except ValueError as error:
         say(f"the gateway will hear of a withdrawal later: {error}")
         return ""

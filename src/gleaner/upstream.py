@@ -531,7 +531,7 @@ class Updater:
         self.reader = RegistryReader(config.registry, [tier.tier for tier in config.tiers], config.poll_seconds)
         self.watched = [Watched(tier, Router(config, tier, nginx)) for tier in config.tiers]
         self.changes = OnChange()
-        self.key_file = Path(os.environ.get("GLEANER_SERVER_KEY_FILE") or files.SERVER_KEY)
+        self.key_file = files.server_key_path()
         for watched in self.watched:
             watched.router.prepare()
         self._forget_strangers()

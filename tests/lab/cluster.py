@@ -127,6 +127,21 @@ def status(tier: str) -> dict[str, Any]:
     return next(line for line in lines if line["tier"] == tier)
 
 
+def journal_cursor(unit: str) -> str:
+    """Where a unit's journal on the controller ends now."""
+    return run(CONTROLLER, f"journalctl -u {unit} -n 0 --show-cursor --no-pager").rpartition("-- cursor: ")[2]
+
+
+def said_since(unit: str, cursor: str) -> str:
+    return run(CONTROLLER, f"journalctl -u {unit} -o cat --no-pager --after-cursor='{cursor}'")
+
+
+def cut_power(name: str) -> None:
+    """For a moment; the connection that brings the order may break with it."""
+    with contextlib.suppress(RuntimeError):
+        host(name).run("systemctl reboot --force --force")
+
+
 def comment(job: int) -> str:
     """What `scontrol show job` says as a job's comment."""
     text = run(CONTROLLER, f"scontrol show job {job}")

@@ -10,14 +10,16 @@ from functools import cache
 from typing import Any
 
 from benchmarks import lab, preemption
-from benchmarks.preemption import FAST, JOBS, NODES, PORTS, REASONING
-from gleaner import events, slurm
+from benchmarks.preemption import FAST, JOBS, LONG, LONG_TOKENS, NODES, PORTS, REASONING, SHORT
+from gleaner import slurm
 from gleaner.events import Event
 from tests.lab import cluster
 from tests.lab.ansible import LAB_ID
 from tests.lab.cluster import CONTROLLER, run
 
 BOTH = (FAST, REASONING)
+# Of the lab's tiers.
+DRAIN_SECONDS = 5.0
 RUNS_SECONDS = 45.0
 BOOKS_SECONDS = 12
 
@@ -25,6 +27,11 @@ BOOKS_SECONDS = 12
 @cache
 def controller() -> preemption.Controller:
     return preemption.Controller(lab.Lab(LAB_ID))
+
+
+def tokens() -> dict[str, int]:
+    """How long the streams of `preemption.play` are, on this machine."""
+    return {SHORT: preemption.short_tokens(controller().address, DRAIN_SECONDS), LONG: LONG_TOKENS}
 
 
 def wait_served(tiers: tuple[str, ...] = BOTH) -> None:
@@ -43,10 +50,7 @@ def wait_runs(job: int) -> None:
 @contextlib.contextmanager
 def paying(*tiers: str) -> Iterator[int]:
     """An ordinary user's job on these tiers' nodes; gone with the block."""
-    nodes = ",".join(sorted(node for tier in tiers for node in NODES[tier]))
-    job = cluster.submit(
-        f"-p gpu_vasp -N{len(nodes.split(','))} --gres=gpu:1 --nodelist={nodes} --time=10 --wrap 'sleep 600'"
-    )
+    job = cluster.submit(f"-p gpu_vasp {preemption.options(tiers)} --time=10 --wrap 'sleep 600'")
     try:
         yield job
     finally:
@@ -82,8 +86,7 @@ def wait_in_books(job: int) -> None:
 
 def told(tier: str, job: int) -> list[Event]:
     """A job's events, in their order."""
-    text = run(CONTROLLER, f"cat {preemption.EVENTS}/{job}.jsonl")
-    return [one for line in text.splitlines() if (one := events.parse(line.encode())).tier == tier]
+    return [one for one in controller().events(tier) if one.job == job]
 
 
 def ledger(tier: str, since: str = "1d") -> dict[str, Any]:

@@ -270,6 +270,21 @@ class Home:
             **more,
         }
 
+    def gateway_config(self) -> dict[str, Any]:
+        """What /etc/gleaner/gateway.json says, for one tier."""
+        nodes = {"vasp-02": "10.0.0.12"}
+        tier = {"tier": "fast", "job_name": "llama-14b", "node_port": 8080, "nodes": nodes, "supervisors": nodes}
+        return {
+            "v": 1,
+            "registry": str(self.registry),
+            "service_user": "ai-inference",
+            "poll_seconds": 1,
+            "stale_seconds": 10,
+            "flags_dir": str(self.root),
+            "upstream_dir": str(self.root),
+            "tiers": [tier],
+        }
+
     def keeper_config(self, script: Path) -> dict[str, Any]:
         """What /etc/gleaner/keeper.json says, for one tier."""
         need = {

@@ -80,24 +80,7 @@ def place(monkeypatch: pytest.MonkeyPatch) -> Iterator[Home]:
     with home() as made:
         for name, value in made.environment().items():
             monkeypatch.setenv(name, value)
-        tier = {
-            "tier": "fast",
-            "job_name": "llama-14b",
-            "node_port": 8080,
-            "nodes": {"vasp-02": "10.0.0.12"},
-            "supervisors": {"vasp-02": "10.0.0.12"},
-        }
-        gateway = {
-            "v": 1,
-            "registry": str(made.registry),
-            "service_user": "ai-inference",
-            "poll_seconds": 1,
-            "stale_seconds": 10,
-            "flags_dir": str(made.root),
-            "upstream_dir": str(made.root),
-            "tiers": [tier],
-        }
-        made.set(made.root / "gateway.json", json.dumps(gateway))
+        made.set(made.root / "gateway.json", json.dumps(made.gateway_config()))
         made.set(made.root / "keeper.json", json.dumps(made.keeper_config(made.root / "run.slurm")))
         yield made
 

@@ -242,20 +242,7 @@ def place(monkeypatch: pytest.MonkeyPatch) -> Iterator[Home]:
     with home() as made_home:
         for name, value in made_home.environment().items():
             monkeypatch.setenv(name, value)
-        nodes = {"vasp-02": "10.0.0.12"}
-        gateway = {
-            "v": 1,
-            "registry": str(made_home.registry),
-            "service_user": "ai-inference",
-            "poll_seconds": 1,
-            "stale_seconds": 10,
-            "flags_dir": str(made_home.root),
-            "upstream_dir": str(made_home.root),
-            "tiers": [
-                {"tier": "fast", "job_name": "llama-14b", "node_port": 8080, "nodes": nodes, "supervisors": nodes}
-            ],
-        }
-        made_home.set(made_home.root / "gateway.json", json.dumps(gateway))
+        made_home.set(made_home.root / "gateway.json", json.dumps(made_home.gateway_config()))
         yield made_home
 
 

@@ -241,19 +241,7 @@ def place(monkeypatch: pytest.MonkeyPatch) -> Iterator[Home]:
         for name, value in made.environment().items():
             monkeypatch.setenv(name, value)
         monkeypatch.setattr(handle, "POLL_SECONDS", 0.1)
-        nodes = {"vasp-02": "10.0.0.12"}
-        tier = {"tier": "fast", "job_name": "llama-14b", "node_port": 8080, "nodes": nodes, "supervisors": nodes}
-        gateway = {
-            "v": 1,
-            "registry": str(made.registry),
-            "service_user": "ai-inference",
-            "poll_seconds": 1,
-            "stale_seconds": 10,
-            "flags_dir": str(made.root),
-            "upstream_dir": str(made.root),
-            "tiers": [tier],
-        }
-        made.set(made.root / "gateway.json", json.dumps(gateway))
+        made.set(made.root / "gateway.json", json.dumps(made.gateway_config()))
         made.set(made.root / "keeper.json", json.dumps(made.keeper_config(made.root / "run.slurm")))
         made.set(made.root / "run.slurm", "#!/bin/sh\n#SBATCH --comment=gleaner:0123456789abcdef\n")
         made.set(made.slurm / "queue", "")

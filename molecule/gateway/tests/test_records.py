@@ -18,15 +18,7 @@ from tests.lab.cluster import CONTROLLER, REGISTRY, SERVICE_USER, run
 
 RECORD = f"{REGISTRY}/fast.json"
 EVIL = "6.6.6.6"
-
-
-def journal_cursor() -> str:
-    last = run(CONTROLLER, "journalctl -u gleaner-upstream -n 0 --show-cursor --no-pager")
-    return last.rpartition("-- cursor: ")[2]
-
-
-def said_since(cursor: str) -> str:
-    return run(CONTROLLER, f"journalctl -u gleaner-upstream -o cat --no-pager --after-cursor='{cursor}'")
+UPDATER = "gleaner-upstream"
 
 
 def nginx() -> str:
@@ -101,9 +93,11 @@ def test_a_record_that_cannot_be_believed_changes_nothing_and_is_named(
     if data.startswith(b"+"):
         good["seq"] += 1
         data = json.dumps({**good, **json.loads(data[1:])}).encode()
-    configuration, cursor = nginx(), journal_cursor()
+    configuration, cursor = nginx(), cluster.journal_cursor(UPDATER)
     put(data)
-    said = cluster.wait_until("the updater says why", lambda: t if why in (t := said_since(cursor)) else "", 10)
+    said = cluster.wait_until(
+        "the updater says why", lambda: t if why in (t := cluster.said_since(UPDATER, cursor)) else "", 10
+    )
     assert "fast: " in said
     assert "the last good record stays" in said
     assert EVIL not in nginx()
@@ -112,9 +106,11 @@ def test_a_record_that_cannot_be_believed_changes_nothing_and_is_named(
 
 
 def test_a_stale_record_stays_routed_while_its_job_runs() -> None:
-    cursor = journal_cursor()
-    cluster.wait_until("the updater calls it stale", lambda: "record is stale" in said_since(cursor), 20)
-    assert "the last good record stays" in said_since(cursor)
+    cursor = cluster.journal_cursor(UPDATER)
+    cluster.wait_until(
+        "the updater calls it stale", lambda: "record is stale" in cluster.said_since(UPDATER, cursor), 20
+    )
+    assert "the last good record stays" in cluster.said_since(UPDATER, cursor)
     assert cluster.ask("/health").status == 200
 
 
@@ -124,10 +120,12 @@ def test_a_stale_record_stays_routed_while_its_job_runs() -> None:
     ids=["folder", "fifo", "link-to-secret", "link-to-device"],
 )
 def test_something_else_in_the_place_of_a_record_hangs_nothing_and_leaks_nothing(make: str) -> None:
-    configuration, cursor = nginx(), journal_cursor()
+    configuration, cursor = nginx(), cluster.journal_cursor(UPDATER)
     run(CONTROLLER, f"rm {RECORD} && " + make.format(RECORD))
     try:
-        said = cluster.wait_until("the updater says so", lambda: t if RECORD in (t := said_since(cursor)) else "", 10)
+        said = cluster.wait_until(
+            "the updater says so", lambda: t if RECORD in (t := cluster.said_since(UPDATER, cursor)) else "", 10
+        )
         assert "root:" not in said
         assert nginx() == configuration
     finally:

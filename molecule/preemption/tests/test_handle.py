@@ -10,6 +10,7 @@ from tests.lab.ansible import Run, playbook, succeed
 from tests.lab.cluster import CONTROLLER, TIER_NODE, run
 
 PLAYBOOK = "playbooks/tier.yml"
+KEEPER = "gleaner-keeper"
 
 
 def tier(state: str, *more: str) -> Run:
@@ -37,9 +38,9 @@ def test_held_and_started() -> None:
         assert held["why"].startswith("held by ")
         assert tier("held").changed == {CONTROLLER: 0}
         # Over the restart of whatever might bring it back, too.
-        before = cursor()
+        before = cluster.journal_cursor(KEEPER)
         run(CONTROLLER, "systemctl restart slurmctld gleaner-keeper gleaner-upstream")
-        cluster.wait_until("the keeper has looked", lambda: "left alone" in said_since(before), 30)
+        cluster.wait_until("the keeper has looked", lambda: "left alone" in cluster.said_since(KEEPER, before), 30)
         assert cluster.tier_job() is None
     finally:
         started = tier("started")
@@ -47,14 +48,6 @@ def test_held_and_started() -> None:
     cluster.wait_served()
     assert tier("started").changed == {CONTROLLER: 0}
     assert "drain: " in preempt.log(job)
-
-
-def cursor() -> str:
-    return run(CONTROLLER, "journalctl -u gleaner-keeper -n 0 --show-cursor --no-pager").rpartition("-- cursor: ")[2]
-
-
-def said_since(before: str) -> str:
-    return run(CONTROLLER, f"journalctl -u gleaner-keeper -o cat --no-pager --after-cursor='{before}'")
 
 
 def test_restarted() -> None:

@@ -8,13 +8,10 @@ from collections.abc import Iterator
 import pytest
 
 from benchmarks import preemption
-from benchmarks.preemption import CASES, FAST, LONG, LONG_TOKENS, REASONING, SHORT, STREAMS, WIDE
+from benchmarks.preemption import CASES, FAST, LONG, REASONING, SHORT, STREAMS, WIDE
 from gleaner.events import Kind
 from tests.lab import cluster, preempt
 from tests.lab.cluster import CONTROLLER, run
-
-# Of the lab's tiers.
-DRAIN_SECONDS = 5.0
 
 
 @pytest.fixture(autouse=True)
@@ -38,7 +35,7 @@ def _folder() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def tokens(_folder: None) -> dict[str, int]:
     preempt.wait_served()
-    return {SHORT: preemption.short_tokens(preempt.controller().address, DRAIN_SECONDS), LONG: LONG_TOKENS}
+    return preempt.tokens()
 
 
 @pytest.mark.parametrize("case", CASES)

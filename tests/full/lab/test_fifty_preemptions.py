@@ -21,11 +21,13 @@ def traces(name: str) -> dict[str, str]:
     asked = {
         "programs": f"ps -u {SERVICE_USER} -o args= | grep -vE '^(/usr/bin/)?(squeue|scontrol|sacct|ps) ' | sort",
         "ports": "ss --listening --tcp --numeric --no-header | awk '{print $4}' | sort",
-        "shared memory": f"find /dev/shm -user {SERVICE_USER}; ipcs -m | grep {SERVICE_USER} || true",
-        "run": "ls -A /run/gleaner 2>/dev/null || true",
+        "shared memory": f"find /dev/shm -user {SERVICE_USER}; "
+        f"awk -v uid=$(id -u {SERVICE_USER}) '$8 == uid' /proc/sysvipc/shm",
+        "run": "[ ! -d /run/gleaner ] || ls -A /run/gleaner",
         "registry": "ls /cluster/shared/ai/endpoints; find /cluster/shared/ai/endpoints -name '.*' -mmin +1",
-        "upstreams": "cat /etc/nginx/ai-inference/upstream-*.conf 2>/dev/null || true",
-        "temporary": f"find /tmp /scratch/ai -user {SERVICE_USER} -newer /run/before -name '*tmp*' 2>/dev/null || true",
+        "upstreams": "[ ! -d /etc/nginx/ai-inference ] || cat /etc/nginx/ai-inference/upstream-*.conf",
+        "temporary": "find $(ls -d /tmp /scratch/*/) -ignore_readdir_race "
+        f"-user {SERVICE_USER} -newer /run/before -name '*tmp*'",
     }
     found = {what: run(name, command) for what, command in asked.items()}
     # Agents and supervisors listen on ports that the kernel chooses, and so do the processes of a router's models.

@@ -21,7 +21,6 @@ LAG_SECONDS = 30
 LAGGING = "/run/lagging"
 CONFIGURATION = "/etc/gleaner/gateway.json"
 UNIT, PROGRAM = "lagging-registry", "/run/lagging_fs.py"
-DRAIN_SECONDS = 5.0
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +29,7 @@ def tokens() -> Iterator[dict[str, int]]:
     preempt.wait_served()
     try:
         preemption.prepare(preempt.controller())
-        wanted = {SHORT: preemption.short_tokens(preempt.controller().address, DRAIN_SECONDS)}
+        wanted = preempt.tokens()
         run(CONTROLLER, "apt-get -y -q install python3-fusepy >/dev/null")
         program = base64.b64encode((ROOT / "tests/lab/lagging_fs.py").read_bytes()).decode()
         run(CONTROLLER, f"echo {program} | base64 --decode > {PROGRAM}")
