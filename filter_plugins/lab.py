@@ -17,12 +17,20 @@ def lab_wire(network: dict[str, Any]) -> dict[str, str]:
 
 
 def lab_machines(hostvars: dict[str, dict[str, Any]], names: list[str]) -> list[dict[str, Any]]:
-    """The hosts to boot, from the lab's inventory; each declared GPU becomes a device file."""
+    """The hosts to boot, from the lab's inventory; each declared GPU becomes a device file and a card of a stand-in."""
     return [
         {
             "name": str(name),
             "octet": int(hostvars[name]["lab_octet"]),
-            "fake_gpus": [f"/dev/nvidia{index}" for index, _ in enumerate(hostvars[name].get("gpus", []))],
+            "fake_gpus": [
+                {
+                    "device": f"/dev/nvidia{index}",
+                    "pci_bus_id": f"0000:{0x3B + index:02x}:00.0",
+                    "memory_mib": int(gpu["memory_mib"]),
+                    "numa_node": int(gpu["numa_node"]),
+                }
+                for index, gpu in enumerate(hostvars[name].get("gpus", []))
+            ],
             "binds": [str(bind) for bind in hostvars[name].get("lab_binds", [])],
         }
         for name in names

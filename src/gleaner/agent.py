@@ -26,7 +26,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gleaner import confine, files, heartbeat, tensor_cache
+from gleaner import confine, engine, files, gpus, heartbeat, tensor_cache
 from gleaner.journal import say
 from gleaner.probe import Probe
 
@@ -58,6 +58,10 @@ class Task:
     role: str
     cache: dict[str, Any] | None
     confine: dict[str, Any] | None
+    engine: dict[str, str]
+    """Folder of the build, its key as the supervisor read it, and the file that remembers what was verified here."""
+    gpus: int
+    """How many GPUs the program gets; 0 where none is declared."""
 
     @property
     def router(self) -> bool:
@@ -199,23 +203,49 @@ class Errand:
     """Work on disks or drivers beside the loop, whose heartbeats must go on."""
 
     def __init__(self, work: Callable[[], object]) -> None:
-        self.result: object = None
-        self._work = work
-        self._thread = threading.Thread(target=self._run, name="errand", daemon=True)
+        self._thread = threading.Thread(target=work, name="errand", daemon=True)
         self._thread.start()
-
-    def _run(self) -> None:
-        self.result = self._work()
 
     @property
     def done(self) -> bool:
         return not self._thread.is_alive()
 
 
-def prepare(task: Task) -> bool:
-    """What a worker's node needs before it starts; true when its cache can be used."""
-    bring_uvm()
-    return task.cache is None or tensor_cache.make_sound(Path(task.cache["directory"]), int(task.cache["limit_mib"]))
+@dataclass
+class Preparation:
+    """What is done on a node before its program starts."""
+
+    task: Task
+    problem: str = ""
+    """Why the program cannot be started here."""
+    cached: bool = False
+    """Whether a worker's cache can be used."""
+
+    def work(self) -> None:
+        task = self.task
+        try:
+            verify_engine(task.engine)
+            if task.gpus:
+                gpus.wait_until_usable("nvidia-smi", heartbeat.node_name(), task.gpus, os.environ)
+            if not task.answers_http:
+                bring_uvm()
+                self.cached = task.cache is None or tensor_cache.make_sound(
+                    Path(task.cache["directory"]), int(task.cache["limit_mib"])
+                )
+        except (OSError, ValueError, engine.EngineError, gpus.GpuError) as error:
+            self.problem = str(error)
+
+
+def verify_engine(wanted: dict[str, str]) -> None:
+    """EngineError unless this node sees the very build that the supervisor sees, whole."""
+    prefix, memory = Path(wanted["prefix"]), Path(wanted["memory"])
+    # Only a help: where nothing can be remembered, all is read again.
+    key = engine.verify(prefix, memory if wanted["memory"] and os.access(memory.parent, os.W_OK) else None)
+    if key != wanted["key"]:
+        raise engine.EngineError(
+            f"{prefix}: this node sees build {key}, its supervisor {wanted['key']}: "
+            "head and workers of different builds abort in the middle of an answer: run playbooks/engine.yml"
+        )
 
 
 class Reach:
@@ -412,7 +442,8 @@ class Agent:
         self.busy_at = 0.0
         self.rotate_at = 0.0
         self.rotator: int | None = None
-        self.preparation: Errand | None = None
+        self.preparation: Preparation | None = None
+        self.errand: Errand | None = None
         self.beat_at = 0.0
         self.measured_at = 0.0
         self.memory = (0, 0)
@@ -472,14 +503,16 @@ class Agent:
         self._kill_all()
         self.task, self.health, self.busy = task, "down", None
         self.health_at, self.idle_answers = 0.0, 0
-        self.preparation = None
-        if task.answers_http:
-            self._launch(task)
-        else:
-            self.preparation = Errand(lambda: prepare(task))
+        self.preparation = Preparation(task)
+        self.errand = Errand(self.preparation.work)
 
-    def _launch(self, task: Task) -> None:
+    def _launch(self, preparation: Preparation) -> None:
+        task, self.preparation = preparation.task, None
+        if not preparation.cached:
+            task.argv = [word for word in task.argv if word != "--cache"]
         try:
+            if preparation.problem:
+                raise ValueError(preparation.problem)
             require_free(task)
             # An RPC server knows no key: the firewall alone keeps others away from it.
             self.key = files.read_key(self.key_file) if task.answers_http else ""
@@ -487,12 +520,6 @@ class Agent:
         except (OSError, ValueError, subprocess.SubprocessError) as error:
             say(f"cannot start {task.argv[0]}: {error}")
             self.channel.send({"refused": task.start, "why": str(error)})
-
-    def _prepared(self, task: Task, errand: Errand) -> None:
-        self.preparation = None
-        if not errand.result:
-            task.argv = [word for word in task.argv if word != "--cache"]
-        self._launch(task)
 
     def _loaded(self) -> None:
         """The tier is ready: what this worker was sent is whole in its cache."""
@@ -564,8 +591,8 @@ class Agent:
             self.channel.send({"reached": self.reach.start})
             self.reach = None
         process, task = self.process, self.task
-        if self.preparation is not None and task is not None and self.preparation.done:
-            self._prepared(task, self.preparation)
+        if self.preparation is not None and self.errand is not None and self.errand.done:
+            self._launch(self.preparation)
         if process is None or task is None or process.asked_to_stop:
             return
         if task.answers_http and self.health_probe is None and now >= self.health_at:

@@ -17,6 +17,7 @@ from gleaner.site import Gpu, Headers, KvCache, Model, Node, Problem, Site, Tier
 PLAN_VERSION = 1
 MODELS_DIR = "/scratch/ai/models"
 RPC_CACHE_DIR = "/scratch/ai/rpc-cache"
+STATE_DIRECTORY = "/scratch/ai/state"
 
 DEFAULT_CPUS = 8
 TIMEOUT_SECONDS = 600
@@ -695,12 +696,17 @@ def _base(site: Site, tier: Tier, mem_mib: int | None, warnings: list[str]) -> d
             "signal_seconds": site.slurm.grace_seconds - SIGNAL_MARGIN_SECONDS,
             "nice": _nice(site, tier),
         },
-        "engine": {"prefix": f"{site.shared_dir}/ai/llama.cpp/{site.engine.version}-{site.engine.backend}"},
+        "engine": {
+            "prefix": f"{site.shared_dir}/ai/llama.cpp/{site.engine.version}-{site.engine.backend}",
+            # On the node: which of the build's files it has read and found right.
+            "memory": f"{STATE_DIRECTORY}/engine.json",
+        },
         "nodes": {
             node.name: {
                 "address": node.cluster_address,
                 "rpc_address": node.rpc_address,
                 "numa_node": node.gpus[0].numa_node if node.gpus else 0,
+                "gpus": tier.gpus_per_node if node.gpus else 0,
                 "role": roles[node.name],
             }
             for node in nodes

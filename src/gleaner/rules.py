@@ -12,22 +12,10 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from gleaner import architectures
+from gleaner.gpus import CUDA_ARCHITECTURES
 from gleaner.site import Model, Problem, Site, Tier
 
 QUANTISED = ("q8_0", "q4_0")
-# Compute capability of the GPUs that inventories name; others are a doubt, not an error.
-CUDA_ARCHITECTURES = {
-    "v100": 70,
-    "v100s": 70,
-    "t4": 75,
-    "rtx6000": 75,
-    "a100": 80,
-    "a40": 86,
-    "l40": 89,
-    "l40s": 89,
-    "h100": 90,
-    "h200": 90,
-}
 SM70 = 70
 # Heads for which CUDA has flash attention kernels with K and V of one size (ggml-cuda/fattn.cu).
 FLASH_ATTENTION_HEADS = (40, 64, 72, 80, 96, 112, 128, 256)

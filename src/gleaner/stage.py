@@ -14,35 +14,24 @@ import contextlib
 import dataclasses
 import errno
 import fcntl
-import hashlib
 import http.client
 import json
 import os
 import re
-import shutil
 import sys
 import time
-import urllib.error
 import urllib.parse
-import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-from gleaner import files
+from gleaner import download, files
 
 EXIT_FAILED = 1
 EXIT_REFUSED = 2
 EXIT_MISSING = 3
 
-CHUNK = 4 << 20
-PROGRESS_SECONDS = 5.0
-NETWORK_SECONDS = 60.0
-ATTEMPTS = 5
-GIB = 1 << 30
-# Left free on the disk beside the model, so that logs and caches still find room.
-SPARE_BYTES = 64 << 20
 # A router that unloads a model answers when its process has ended, which it kills after 10 s.
 TELL_SECONDS = 60.0
 LOOK_SECONDS = 5.0
@@ -51,7 +40,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
-class StageError(Exception):
+class StageError(download.DownloadError):
     """One model cannot be staged; the text says why and what cures it."""
 
 
@@ -258,117 +247,6 @@ def words(found: dict[str, Any]) -> list[str]:
 # Staging
 
 
-class Progress:
-    """A line about every five seconds, and one at the end."""
-
-    def __init__(self, name: str, total: int | None) -> None:
-        self._name, self._total = name, total
-        self._at = time.monotonic()
-
-    def show(self, done: int, last: bool = False) -> None:
-        now = time.monotonic()
-        if not last and now - self._at < PROGRESS_SECONDS:
-            return
-        self._at = now
-        if self._total:
-            share = f"{100 * done // self._total} % {done / GIB:.1f}/{self._total / GIB:.1f} GiB"
-        else:
-            share = f"{done / GIB:.1f} GiB"
-        print(f"{self._name} {share}", flush=True)
-
-
-def hash_file(path: Path, progress: Progress) -> str:
-    digest, done = hashlib.sha256(), 0
-    with path.open("rb") as stream:
-        while data := stream.read(CHUNK):
-            digest.update(data)
-            done += len(data)
-            progress.show(done)
-    return digest.hexdigest()
-
-
-def require_space(spec: Spec, model: Model, wanted: int) -> None:
-    free = shutil.disk_usage(spec.staging).free
-    if free < wanted + SPARE_BYTES:
-        raise StageError(
-            f"{spec.directory}: got {free} bytes free, want {wanted + SPARE_BYTES} for {model.name}: "
-            "free space on that disk or take the model off the tier"
-        )
-
-
-@contextlib.contextmanager
-def opened(source: str, offset: int) -> Iterator[tuple[BinaryIO | http.client.HTTPResponse, int, int | None]]:
-    """The source from `offset`: stream, offset that it really starts at, whole size if known."""
-    parts = urllib.parse.urlsplit(source)
-    if parts.scheme == "file":
-        path = Path(urllib.parse.unquote(parts.path))
-        with path.open("rb") as stream:
-            stream.seek(offset)
-            yield stream, offset, path.stat().st_size
-        return
-    request = urllib.request.Request(source, headers={"User-Agent": "gleaner"})
-    if offset:
-        request.add_header("Range", f"bytes={offset}-")
-    with urllib.request.urlopen(request, timeout=NETWORK_SECONDS) as response:
-        length = response.headers.get("Content-Length", "")
-        start = offset if response.status == 206 else 0
-        yield response, start, start + int(length) if length.isdigit() else None
-
-
-def fetch(spec: Spec, model: Model, part: Path) -> str:
-    """Bring the source into `part`, resuming what is there; its sha256."""
-    for attempt in range(1, ATTEMPTS + 1):
-        try:
-            return fetch_once(spec, model, part)
-        except urllib.error.HTTPError as error:
-            if error.code == http.client.REQUESTED_RANGE_NOT_SATISFIABLE:
-                # The part is as long as the source, or longer: the hash decides, or it starts anew.
-                digest = hash_file(part, Progress(model.name, None))
-                if digest == model.sha256:
-                    return digest
-                part.unlink()
-                continue
-            if error.code < 500 or attempt == ATTEMPTS:
-                raise StageError(f"{model.source}: HTTP {error.code} {error.reason}") from None
-        except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError) as error:
-            if attempt == ATTEMPTS:
-                raise StageError(f"{model.source}: {error}; what came is kept for the next run") from None
-        print(f"{model.name} interrupted, resuming ({attempt} of {ATTEMPTS - 1})", flush=True)
-        time.sleep(min(2**attempt, 10) / 2)
-    raise StageError(f"{model.source}: no whole answer in {ATTEMPTS} attempts; what came is kept for the next run")
-
-
-def fetch_once(spec: Spec, model: Model, part: Path) -> str:
-    have = part.stat().st_size if part.exists() else 0
-    with opened(model.source, have) as (stream, start, total), part.open("r+b" if have else "wb") as target:
-        if total is not None:
-            require_space(spec, model, total - have)
-            if model.size_bytes is not None and total != model.size_bytes:
-                raise StageError(
-                    f"{model.source}: got {total} bytes, want size_bytes={model.size_bytes}: "
-                    "the source has changed, or the inventory is wrong"
-                )
-        target.truncate(start)
-        progress = Progress(model.name, total)
-        digest, done = hashlib.sha256(), 0
-        while done < start and (data := target.read(min(CHUNK, start - done))):
-            digest.update(data)
-            done += len(data)
-            progress.show(done)
-        target.seek(start)
-        while data := stream.read(CHUNK):
-            target.write(data)
-            digest.update(data)
-            done += len(data)
-            progress.show(done)
-        target.flush()
-        os.fsync(target.fileno())
-        if total is not None and done < total:
-            raise http.client.IncompleteRead(b"", total - done)
-        progress.show(done, last=True)
-    return digest.hexdigest()
-
-
 def check_header(path: Path, model: Model) -> None:
     from gleaner import gguf
 
@@ -396,7 +274,7 @@ def vindicate(spec: Spec, model: Model) -> bool:
     if not doubt.exists():
         return False
     print(f"{model.name} is there, reading it to verify", flush=True)
-    if hash_file(doubt, Progress(model.name, doubt.stat().st_size)) != model.sha256:
+    if download.hash_file(doubt, download.Progress(model.name, doubt.stat().st_size)) != model.sha256:
         doubt.unlink()
         print(f"{model.name} was there with another content, removed", flush=True)
         return False
@@ -414,8 +292,8 @@ def stage_one(spec: Spec, model: Model) -> bool:
     part = spec.work_file(model.name, "part")
     if model.size_bytes is not None:
         have = part.stat().st_size if part.exists() else 0
-        require_space(spec, model, max(model.size_bytes - have, 0))
-    got = fetch(spec, model, part)
+        download.require_space(model.name, spec.staging, max(model.size_bytes - have, 0))
+    got = download.fetch(download.Source(model.name, model.source, model.sha256, model.size_bytes), part)
     if got != model.sha256:
         part.unlink()
         raise StageError(
@@ -490,14 +368,14 @@ def stage(spec: Spec) -> int:
         try:
             removed = withdraw(spec)
             tell(spec, present=set(unlisted(spec)))
-        except (StageError, OSError) as error:
+        except (download.DownloadError, OSError) as error:
             failed(error)
         for model in spec.models:
             try:
                 if stage_one(spec, model):
                     changed.append(model.name)
                     tell(spec, present={model.name})
-            except (StageError, OSError) as error:
+            except (download.DownloadError, OSError) as error:
                 failed(error)
     for path in foreign(spec):
         print(f"{path} is not in the inventory and was not staged by gleaner; left alone", flush=True)
@@ -625,7 +503,7 @@ def run(args: argparse.Namespace) -> int:
         if args.action == "stage":
             return stage(spec)
         found = check(spec if args.wanted is None else spec.wanting(args.wanted))
-    except (StageError, OSError) as error:
+    except (download.DownloadError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_FAILED
     except ValueError as error:

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gleaner import events, files, heartbeat, life, line, record, slurm
+from gleaner import engine, events, files, heartbeat, life, line, record, slurm
 from gleaner.events import Kind
 from gleaner.journal import OnChange, say
 from gleaner.states import Cause, Exit
@@ -72,9 +72,14 @@ class Plan:
 
     tier: str
     engine: Path
+    engine_key: str
+    engine_memory: str
+    """Where a node remembers which files of the build it has read."""
     address_of: dict[str, str]
     rpc_address_of: dict[str, str]
     numa_node_of: dict[str, int | None]
+    gpus_of: dict[str, int]
+    """How many GPUs the job has on each node, as `nvidia-smi` must find them; 0 where none is declared."""
     head: str | None
     worker: Worker | None
     port: int
@@ -96,7 +101,7 @@ class Plan:
             return cls._from(value)
         except PlanError:
             raise
-        except ValueError as error:
+        except (ValueError, engine.EngineError) as error:
             raise PlanError(str(error)) from None
         except (KeyError, TypeError, AttributeError) as error:
             raise PlanError(f"{path}: not a plan of this version ({error!r}): run playbooks/tiers.yml") from None
@@ -104,6 +109,8 @@ class Plan:
     @classmethod
     def _from(cls, value: dict[str, Any]) -> Plan:
         server, worker = value["server"], None
+        # The link may move to a newer build meanwhile: a server that is started again is the same one.
+        build = Path(value["engine"]["prefix"]).resolve()
         head = next((name for name, node in value["nodes"].items() if node.get("role") == "head"), None)
         if value["kind"] == "layer_split":
             given = value["worker"]
@@ -119,11 +126,13 @@ class Plan:
                 raise KeyError("a node with the role head")
         return cls(
             tier=str(value["tier"]),
-            # The link may move to a newer build meanwhile: a server that is started again is the same one.
-            engine=Path(value["engine"]["prefix"]).resolve(),
+            engine=build,
+            engine_key=engine.Manifest.load(build).key,
+            engine_memory=str(value["engine"].get("memory", "")),
             address_of={name: str(node["address"]) for name, node in value["nodes"].items()},
             rpc_address_of={name: str(node["rpc_address"]) for name, node in value["nodes"].items()},
             numa_node_of={name: node["numa_node"] for name, node in value["nodes"].items()},
+            gpus_of={name: int(node.get("gpus", 0)) for name, node in value["nodes"].items()},
             head=head,
             worker=worker,
             port=int(server["node_port"]),
@@ -575,7 +584,14 @@ class Supervisor:
 
     def _start_on(self, node: str, **task: Any) -> None:
         self.ending.add(node)
-        more = {"start": self.start, "numa_node": self.plan.numa_node_of[node], "log": str(self._log_of(node))}
+        build = {"prefix": str(self.plan.engine), "key": self.plan.engine_key, "memory": self.plan.engine_memory}
+        more = {
+            "start": self.start,
+            "numa_node": self.plan.numa_node_of[node],
+            "log": str(self._log_of(node)),
+            "engine": build,
+            "gpus": self.plan.gpus_of[node],
+        }
         self._tell(node, {"start": {**task, **more}})
 
     def _ready(self) -> None:

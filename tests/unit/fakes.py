@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from gleaner import slurm
+from gleaner.engine import Manifest, sums
 from tools.build_zipapp import build
 
 # Programs refuse to run as root, and root's own Python may be closed to others.
@@ -212,6 +213,7 @@ class Home:
             self.program(self.bin / command, SLURM)
         self.program(self.engine / "llama-server", SERVER)
         self.program(self.engine / "ggml-rpc-server", RPC_SERVER)
+        self.publish()
         self.pyz = build(self.root)
         self.port = free_port()
         self.set(self.slurm / "job", job_text())
@@ -222,6 +224,12 @@ class Home:
         for path in [self.root, *self.root.rglob("*")]:
             os.chown(path, SERVICE_UID, SERVICE_UID)
         self.children: list[subprocess.Popen[str]] = []
+
+    def publish(self) -> dict[str, str]:
+        """Write the manifest of the engine as it is now; what a supervisor tells its agents of it."""
+        prefix = self.engine.parent
+        Manifest("key", "1", "cpu", {}, "c++", "x86-64-v3", (), sums(prefix)).write(prefix)
+        return {"prefix": str(prefix), "key": "key", "memory": str(self.root / "engine.json")}
 
     @staticmethod
     def program(path: Path, text: str) -> None:

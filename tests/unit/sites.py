@@ -133,10 +133,10 @@ def beefcake2() -> dict[str, Any]:
     """The first cluster's inventory as its templates make it, with stand-ins for what a site has to fill in."""
     folder = ROOT / "inventories/beefcake2"
     variables: dict[str, Any] = {}
-    for name in ("cluster", "engine", "models", "slurm", "tiers"):
+    for name in ("cluster", "engine", "models", "provide", "slurm", "tiers"):
         variables.update(yaml.safe_load((folder / f"group_vars/all/{name}.yml").read_text()))
     cluster = yaml.safe_load((folder / "hosts.yml").read_text())["all"]["children"]["cluster"]["children"]
-    nodes = cluster["slurm_nodes"]
+    nodes, addresses = cluster["slurm_nodes"], variables["addresses"]
     return {
         **{key: variables[key] for key in ("cluster_name", "controller", "service_user", "shared_dir", "tiers")},
         "inventory_dir": str(folder),
@@ -149,9 +149,10 @@ def beefcake2() -> dict[str, Any]:
         "models": [{**model, "source": "https://models.example", "sha256": SHA256} for model in variables["models"]],
         "nodes": {
             name: {
-                key: copy.deepcopy({**nodes["vars"], **host}[key])
-                for key in ("cluster_address", "rpc_address", "cpus", "memory_mib", "gpus")
+                "cluster_address": addresses[name]["cluster"],
+                "rpc_address": addresses[name]["rpc"],
+                **copy.deepcopy(nodes["vars"]),
             }
-            for name, host in nodes["hosts"].items()
+            for name in nodes["hosts"]
         },
     }

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from gleaner import agent, heartbeat
+from gleaner import agent, engine, heartbeat
 from tests.unit.fakes import SERVER_KEY, Home, alive, home, wait_for
 
 
@@ -38,6 +38,8 @@ def task(place: Home, **more: object) -> agent.Task:
         "role": "router",
         "cache": None,
         "confine": None,
+        "engine": place.publish(),
+        "gpus": 0,
         **more,
     }
     return agent.Task.from_message(value)
@@ -299,3 +301,14 @@ def test_an_agent_that_one_of_two_networks_cuts_off_ends_what_it_started(place: 
 def test_agent_by_hand_says_who_starts_it(place: Home) -> None:
     assert place.start("agent").wait(10) == 2
     assert "started by `gleaner supervise`" in place.log("agent")
+
+
+def test_a_node_that_sees_another_build_than_its_supervisor_says_so(place: Home) -> None:
+    with pytest.raises(engine.EngineError, match="this node sees build key, its supervisor other"):
+        agent.verify_engine({**place.publish(), "key": "other"})
+
+
+def test_a_memory_that_cannot_be_written_is_done_without(place: Home) -> None:
+    agent.verify_engine({**place.publish(), "memory": ""})
+    agent.verify_engine({**place.publish(), "memory": str(place.root / "missing" / "engine.json")})
+    assert not (place.root / "engine.json").exists()

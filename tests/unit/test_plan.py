@@ -57,9 +57,18 @@ def test_plan_of_a_router_tier() -> None:
         "nice": 100000,
     }
     assert got["nodes"] == {
-        "vasp-02": {"address": "10.0.0.12", "rpc_address": "10.0.1.12", "numa_node": 1, "role": "router"}
+        "vasp-02": {
+            "address": "10.0.0.12",
+            "rpc_address": "10.0.1.12",
+            "numa_node": 1,
+            "gpus": 1,
+            "role": "router",
+        }
     }
-    assert got["engine"] == {"prefix": "/cluster/shared/ai/llama.cpp/0.5.0-cuda"}
+    assert got["engine"] == {
+        "prefix": "/cluster/shared/ai/llama.cpp/0.5.0-cuda",
+        "memory": "/scratch/ai/state/engine.json",
+    }
     assert got["models"] == ["small", "other"]
     assert (got["v"], got["cluster"], got["tier"], got["kind"]) == (1, "test", "fast", "router")
     assert (got["job_name"], got["priority"]) == ("llama-14b", 10)

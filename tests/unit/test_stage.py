@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from gleaner import files, stage
+from gleaner import download, files, stage
 from tests.unit.fakes import SERVER_KEY
 
 DATA = os.urandom(300_000)
@@ -135,8 +135,8 @@ def test_staged_verified_and_not_read_again(
     assert [facts for _, facts in checked] == [{"n_layer": 4}]
     assert checked[0][0].parent.name == ".staging", "checked after it was visible"
     assert store.run("check", store.entry()) == 0
-    monkeypatch.setattr(stage, "hash_file", lambda *_: pytest.fail("read again"))
-    monkeypatch.setattr(stage, "fetch", lambda *_: pytest.fail("fetched again"))
+    monkeypatch.setattr(download, "hash_file", lambda *_: pytest.fail("read again"))
+    monkeypatch.setattr(download, "fetch", lambda *_: pytest.fail("fetched again"))
     assert store.run("stage", store.entry()) == 0
 
 
@@ -205,13 +205,13 @@ def test_changed_file_is_out_of_sight_before_its_replacement_comes_and_if_none_d
     else:
         wanted = store.entry(sha256=hashlib.sha256(DATA[:1000]).hexdigest())
     seen: list[list[str]] = []
-    fetch = stage.fetch
+    fetch = download.fetch
 
     def look(*arguments: Any) -> str:
         seen.append(store.visible)
         return fetch(*arguments)
 
-    monkeypatch.setattr(stage, "fetch", look)
+    monkeypatch.setattr(download, "fetch", look)
     store.source.unlink()
     assert store.run("stage", wanted) == stage.EXIT_FAILED
     assert (seen, store.visible) == ([[]], [])
@@ -226,14 +226,14 @@ def test_file_is_not_visible_while_it_is_read(store: Store, monkeypatch: pytest.
     assert store.run("stage", store.entry()) == 0
     os.utime(store.models / "one.gguf")
     seen: list[list[str]] = []
-    hash_file = stage.hash_file
+    hash_file = download.hash_file
 
     def look(*arguments: Any) -> str:
         seen.append(store.visible)
         return hash_file(*arguments)
 
-    monkeypatch.setattr(stage, "hash_file", look)
-    monkeypatch.setattr(stage, "fetch", lambda *_: pytest.fail("fetched"))
+    monkeypatch.setattr(download, "hash_file", look)
+    monkeypatch.setattr(download, "fetch", lambda *_: pytest.fail("fetched"))
     assert store.run("stage", store.entry()) == 0
     assert (seen, store.visible) == ([[]], ["one.gguf"])
     assert store.run("check", store.entry()) == 0
@@ -247,14 +247,14 @@ def test_interrupted_reading_is_taken_up_again(store: Store, monkeypatch: pytest
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(stage, "hash_file", interrupt)
+        patch.setattr(download, "hash_file", interrupt)
         with pytest.raises(KeyboardInterrupt):
             store.run("stage", store.entry())
     assert store.visible == []
     assert store.run("stage") == 0
     assert (store.models / ".staging" / "one.doubt").exists()
     assert store.found()["foreign"] == ["one.doubt"]
-    monkeypatch.setattr(stage, "fetch", lambda *_: pytest.fail("fetched"))
+    monkeypatch.setattr(download, "fetch", lambda *_: pytest.fail("fetched"))
     assert store.run("stage", store.entry()) == 0
     assert store.visible == ["one.gguf"]
 
@@ -354,7 +354,7 @@ def test_download_that_is_not_wanted_any_more_is_removed(store: Store) -> None:
 def test_file_brought_by_hand_is_verified_not_fetched(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     (store.models / "one.gguf").write_bytes(DATA)
     assert store.run("check", store.entry()) == stage.EXIT_MISSING
-    monkeypatch.setattr(stage, "fetch", lambda *_: pytest.fail("fetched"))
+    monkeypatch.setattr(download, "fetch", lambda *_: pytest.fail("fetched"))
     assert store.run("stage", store.entry()) == 0
     assert store.run("check", store.entry()) == 0
 
@@ -370,9 +370,9 @@ def test_full_disk_is_refused_before_a_byte_is_fetched(
     store: Store, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
-    monkeypatch.setattr(stage, "fetch", lambda *_: pytest.fail("fetched"))
+    monkeypatch.setattr(download, "fetch", lambda *_: pytest.fail("fetched"))
     assert store.run("stage", store.entry(size_bytes=len(DATA))) == stage.EXIT_FAILED
-    assert f"got 1000 bytes free, want {len(DATA) + stage.SPARE_BYTES}" in capsys.readouterr().err
+    assert f"got 1000 bytes free, want {len(DATA) + download.SPARE_BYTES}" in capsys.readouterr().err
 
 
 def test_full_disk_is_seen_from_the_sources_size(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -422,7 +422,7 @@ def test_overlong_part_is_thrown_away(store: Store, source: Source) -> None:
     assert (store.models / "one.gguf").read_bytes() == DATA
 
 
-@pytest.mark.parametrize(("status", "asked"), [(404, 1), (503, stage.ATTEMPTS)])
+@pytest.mark.parametrize(("status", "asked"), [(404, 1), (503, download.ATTEMPTS)])
 def test_refusing_source_is_named(
     store: Store, source: Source, status: int, asked: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -438,7 +438,7 @@ def test_missing_local_source_is_named(store: Store, capsys: pytest.CaptureFixtu
 
 
 def test_progress_is_told(store: Store, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(stage, "PROGRESS_SECONDS", 0.0)
+    monkeypatch.setattr(download, "PROGRESS_SECONDS", 0.0)
     assert store.run("stage", store.entry()) == 0
     assert "one 100 % 0.0/0.0 GiB" in capsys.readouterr().out
 
@@ -665,7 +665,7 @@ def test_doubtful_model_is_let_go_while_it_is_read(
         seen.append(sorted(router.states))
         return SHA
 
-    monkeypatch.setattr(stage, "hash_file", look)
+    monkeypatch.setattr(download, "hash_file", look)
     assert store.run("stage", store.entry(), store.entry("two")) == 0
     assert seen == [["one"]]
     assert sorted(router.states) == ["one", "two"]

@@ -41,7 +41,7 @@ def plan(place: Home, **more: Any) -> Path:
         "kind": "router",
         "job_name": "llama-14b",
         "slurm": {"cpus_per_node": 2, "gpus_per_node": 1, "signal_seconds": 25},
-        "engine": {"prefix": str(place.engine.parent)},
+        "engine": {"prefix": str(place.engine.parent), "memory": str(place.root / "engine.json")},
         "nodes": {"vasp-02": {"address": "127.0.0.1", "rpc_address": "127.0.0.1", "numa_node": None}},
         "server": {"node_port": place.port, "args": ["--models-max", "2"], "environment": {"EXTRA": "yes"}},
         "models": ["one", "two"],
@@ -514,6 +514,22 @@ def test_missing_program_is_refused_by_name(place: Home) -> None:
     child = supervise(place)
     assert child.wait(15) == Exit.START_FAILED
     assert "llama-server" in place.log("supervise")
+
+
+def test_a_program_that_is_not_the_published_one_is_not_started(place: Home) -> None:
+    with (place.engine / "llama-server").open("a") as program:
+        program.write("# changed\n")
+    child = supervise(place)
+    assert child.wait(15) == Exit.START_FAILED
+    assert "llama-server: sha256: got" in place.log("supervise")
+    assert place.started == []
+
+
+def test_a_build_without_a_manifest_is_refused(place: Home) -> None:
+    (place.engine.parent / "manifest.json").unlink()
+    child = supervise(place)
+    assert child.wait(15) == Exit.REFUSED
+    assert "manifest.json: cannot be read" in place.log("supervise")
 
 
 def test_stranger_on_the_heartbeat_port_changes_nothing(place: Home) -> None:

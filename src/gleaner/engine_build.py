@@ -1,0 +1,387 @@
+"""Builds llama.cpp once for the whole cluster (`gleaner engine`).
+
+A build may be interrupted and run again: it goes on where it was. What is published has been checked first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gleaner import cuda, download, files
+from gleaner.engine import EngineError, Manifest, sums, verify
+
+CONFIG = Path("/etc/gleaner/engine.json")
+
+EXIT_FAILED = 1
+EXIT_REFUSED = 2
+EXIT_TO_DO = 3
+
+SQUEUE_SECONDS = 10.0
+# Libraries of the toolkit, which nodes do not have. The driver's libcuda.so.1 comes with each node.
+_SHIPPED = re.compile(r"lib(?:cudart|cublas|cublasLt)\.so[.0-9]*")
+_DRIVER = "libcuda.so"
+_MISSING = re.compile(r"^\s*(\S+) => not found", re.MULTILINE)
+_FOUND = re.compile(r"^\s*(\S+) => (/\S+)", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Config:
+    """`/etc/gleaner/engine.json`: what to build, and where."""
+
+    version: str
+    backend: str
+    source: dict[str, str]
+    cpu_level: str
+    targets: tuple[str, ...]
+    cxx: str
+    cmake_options: tuple[str, ...]
+    root: Path
+    work_directory: Path
+    ccache_directory: Path
+    jobs: int
+    """Compilers at once; 0 is one per processor."""
+    keep_builds: int
+    service_user: str
+    job_logs: Path
+    toolkit: cuda.Toolkit | None
+    libraries: tuple[Path, ...]
+    """Folders of the toolkit's libraries, where the linker of this host does not look by itself."""
+    flash_attention: bool
+
+    @classmethod
+    def load(cls, path: Path) -> Config:
+        return cls.from_json(path.name, files.load_config(path))
+
+    @classmethod
+    def from_json(cls, name: str, value: dict[str, Any]) -> Config:
+        """ValueError when it does not describe a build; `name` says where it came from."""
+        try:
+            device = value["cuda"]
+            return cls(
+                version=str(value["version"]),
+                backend=str(value["backend"]),
+                source={name: str(value["source"][name]) for name in ("url", "sha256", "subdirectory")},
+                cpu_level=str(value["cpu_level"]),
+                targets=tuple(map(str, value["targets"])),
+                cxx=str(value["cxx"]),
+                cmake_options=tuple(map(str, value["cmake_options"])),
+                root=Path(value["root"]),
+                work_directory=Path(value["work_directory"]),
+                ccache_directory=Path(value["ccache_directory"]),
+                jobs=int(value["jobs"]),
+                keep_builds=int(value["keep_builds"]),
+                service_user=str(value["service_user"]),
+                job_logs=Path(value["job_logs"]),
+                toolkit=device
+                and cuda.Toolkit(str(device["nvcc"]), str(value["cxx"]), tuple(map(str, device["architectures"]))),
+                libraries=tuple(map(Path, device["libraries"])) if device else (),
+                flash_attention=bool(device and device["flash_attention"]),
+            )
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{name}: does not describe a build ({error!r}): run playbooks/engine.yml") from None
+
+    @property
+    def name(self) -> str:
+        return f"{self.version}-{self.backend}"
+
+    @property
+    def builds(self) -> Path:
+        return self.root / ".builds"
+
+    def compiler(self) -> str:
+        """What the compilers call themselves; EngineError when one does not run."""
+        try:
+            done = subprocess.run(
+                [self.cxx, "--version"], capture_output=True, text=True, check=True, env={**os.environ, "LC_ALL": "C"}
+            )
+        except (OSError, subprocess.CalledProcessError) as error:
+            raise EngineError(
+                f"llama_cpp_cxx: {self.cxx} does not run ({error}): install the compiler, or name one that is installed"
+            ) from None
+        name = (done.stdout.splitlines() or [""])[0]
+        return f"{name}; nvcc {self.toolkit.version()}" if self.toolkit else name
+
+    def key(self, compiler: str) -> str:
+        """Of everything that decides what comes out."""
+        inputs = [
+            self.name,
+            self.source["sha256"],
+            self.source["subdirectory"],
+            self.cpu_level,
+            list(self.targets),
+            compiler,
+            list(self.cmake_options),
+        ]
+        return hashlib.sha256(json.dumps(inputs).encode()).hexdigest()[:12]
+
+
+# What is there
+
+
+def published(config: Config, build: Path) -> bool:
+    """The build is whole, and its version's link and the one in use lead to it."""
+    if not (build / "manifest.json").is_file():
+        return False
+    links = {config.root / config.name: f".builds/{build.name}", config.root / "current": config.name}
+    return all(link.is_symlink() and os.readlink(link) == target for link, target in links.items())
+
+
+def surplus(config: Config) -> list[Path]:
+    """Builds that are there in vain: not among the newest, not linked as in use, not what a running job uses."""
+    spared = {(config.root / "current").resolve().name}
+    # A job may run a build of which only it knows; where Slurm or one of them does not say which, all stay.
+    argv = ["squeue", "--noheader", f"--user={config.service_user}", "--format=%A"]
+    states = "--states=RUNNING,SUSPENDED,STOPPED,COMPLETING"
+    try:
+        done = subprocess.run([*argv, states], capture_output=True, text=True, timeout=SQUEUE_SECONDS, check=True)
+        spared |= {Path(os.readlink(config.job_logs / job / "engine")).name for job in done.stdout.split()}
+    except (OSError, subprocess.SubprocessError):
+        return []
+    there = [path for path in config.builds.glob("[!.]*") if path.is_dir()]
+    by_age = sorted(there, key=lambda path: path.stat().st_mtime, reverse=True)
+    return [path for path in by_age[config.keep_builds :] if path.name not in spared]
+
+
+def remove_surplus(config: Config) -> None:
+    for build in surplus(config):
+        for link in config.root.iterdir():
+            # Of a version that only this build had.
+            if link.is_symlink() and os.readlink(link) == f".builds/{build.name}":
+                link.unlink()
+        shutil.rmtree(build)
+        print(f"removed: {build}", flush=True)
+
+
+# Building
+
+
+@contextlib.contextmanager
+def workplace(config: Config, key: str) -> Iterator[Path]:
+    """The folder of this build, for one at a time; what an interrupted run left in it is gone on with."""
+    work = config.work_directory / f"gleaner-llama.cpp-{key}"
+    # The parent may be writable by all: build only in a folder that is really ours.
+    with contextlib.suppress(FileExistsError):
+        work.mkdir(mode=0o700)
+    about = work.lstat()
+    if work.is_symlink() or not work.is_dir() or about.st_uid != os.geteuid():
+        raise EngineError(f"{work}: exists and belongs to somebody else: remove it")
+    with (work / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"waiting for the build that is already running in {work}", flush=True)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        # Compilers of a run that was killed may go on: they hold it as long.
+        os.set_inheritable(lock.fileno(), True)
+        yield work
+
+
+def bring_source(config: Config, work: Path) -> Path:
+    """The unpacked source in the work folder."""
+    url, wanted, inside = (config.source[name] for name in ("url", "sha256", "subdirectory"))
+    archive, part, source = work / "source.archive", work / "source.archive.part", work / "source"
+    if not archive.exists():
+        got = download.fetch(download.Source("llama.cpp source", url, wanted), part)
+        if got != wanted:
+            part.unlink()
+            raise EngineError(
+                f"llama_cpp_source.sha256: got {got} from {url}, want {wanted}; cure: correct the sum or the URL"
+            )
+        part.rename(archive)
+    if not source.exists():
+        unpacked = work / "source.part"
+        shutil.rmtree(unpacked, ignore_errors=True)
+        unpacked.mkdir()
+        argv = ["tar", "--extract", f"--file={archive}", f"--directory={unpacked}", "--no-same-owner", "--", inside]
+        if subprocess.run(argv, check=False).returncode or not (unpacked / inside / "CMakeLists.txt").is_file():
+            raise EngineError(
+                f"llama_cpp_source.subdirectory: got {inside}, which holds no CMakeLists.txt in {url}; "
+                "cure: name the folder of llama.cpp's top CMakeLists.txt"
+            )
+        unpacked.rename(source)
+    return source / inside
+
+
+def compile_all(config: Config, work: Path) -> Path:
+    """The folder of the compiled programs. EngineError when it fails: the compiler's words are above."""
+    source, build = bring_source(config, work), work / "build"
+    environment = {
+        **os.environ,
+        "LC_ALL": "C",
+        # Paths below the base folder are hashed as relative ones: a build with another key finds the same entries.
+        "CCACHE_DIR": str(config.ccache_directory),
+        "CCACHE_BASEDIR": str(work),
+        "CCACHE_NOHASHDIR": "1",
+    }
+    if config.toolkit:
+        environment["LDFLAGS"] = f"-Wl,-rpath-link,{driver_stub(config, work)}"
+    call(["cmake", "-S", str(source), "-B", str(build), "-G", "Ninja", *config.cmake_options], environment)
+    call(["ninja", "-C", str(build), "-j", str(config.jobs or os.cpu_count() or 1), *config.targets], environment)
+    return build / "bin"
+
+
+def driver_stub(config: Config, work: Path) -> Path:
+    """A folder in which the linker finds the driver's library, which a host without a GPU does not have."""
+    folder = work / "driver"
+    folder.mkdir(exist_ok=True)
+    stub = next((path / "stubs" / _DRIVER for path in config.libraries if (path / "stubs" / _DRIVER).exists()), None)
+    link = folder / f"{_DRIVER}.1"
+    if stub and not link.is_symlink():
+        link.symlink_to(stub)
+    return folder
+
+
+def call(argv: list[str], environment: dict[str, str]) -> None:
+    """EngineError when it fails. It inherits the lock of the work folder, so that none builds beside a left-over."""
+    code = subprocess.run(argv, env=environment, close_fds=False, check=False).returncode
+    if code:
+        raise EngineError(f"{argv[0]} ended with {code}: its own words are above")
+
+
+def linked(program: Path, folders: tuple[Path, ...] = ()) -> str:
+    """What the loader of this host finds for the program."""
+    search = {"LD_LIBRARY_PATH": ":".join(map(str, folders))} if folders else {}
+    return subprocess.run(
+        ["ldd", str(program)], capture_output=True, text=True, check=True, env={**os.environ, **search, "LC_ALL": "C"}
+    ).stdout
+
+
+def ship(config: Config, programs: Path, prefix: Path) -> None:
+    """Copy the programs into the prefix, with the libraries of the toolkit that they are linked with."""
+    (prefix / "bin").mkdir(parents=True)
+    for name in config.targets:
+        shutil.copy2(programs / name, prefix / "bin" / name)
+        for library, path in _FOUND.findall(linked(programs / name, config.libraries)):
+            if _SHIPPED.fullmatch(library) and not (prefix / "lib" / library).exists():
+                (prefix / "lib").mkdir(exist_ok=True)
+                shutil.copy(path, prefix / "lib" / library)
+    for name in config.targets:
+        missing = [lib for lib in _MISSING.findall(linked(prefix / "bin" / name)) if not lib.startswith(_DRIVER)]
+        if missing:
+            raise EngineError(f"{name}: linked with libraries that are not there: {', '.join(sorted(set(missing)))}")
+
+
+def make(config: Config, key: str, compiler: str, build: Path) -> None:
+    """Compile, check, and put the build under its name."""
+    with workplace(config, key) as work:
+        if not build.exists():
+            if config.toolkit:
+                config.toolkit.require()
+            programs = compile_all(config, work)
+            part = config.builds / f".part-{key}"
+            shutil.rmtree(part, ignore_errors=True)
+            ship(config, programs, part)
+            shipped = [part / "bin" / name for name in config.targets]
+            Manifest(
+                key=key,
+                version=config.version,
+                backend=config.backend,
+                source=config.source,
+                compiler=compiler,
+                cpu_level=config.cpu_level,
+                cmake_options=config.cmake_options,
+                sha256=sums(part),
+                built_on=os.uname().nodename,
+                proof=cuda.prove(config.toolkit, shipped, config.flash_attention) if config.toolkit else {},
+            ).write(part)
+            sync(part)
+            part.rename(build)
+        shutil.rmtree(work)
+
+
+def sync(folder: Path) -> None:
+    """Have what was written reach the disk of the shared file system before it gets its name."""
+    for path in [*folder.rglob("*"), folder]:
+        fd = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+
+def switch(link: Path, target: str) -> None:
+    """Have the link lead to the target; a reader sees the old one or the new one."""
+    with tempfile.TemporaryDirectory(prefix=".switch-", dir=link.parent) as folder:
+        new = Path(folder, "link")
+        new.symlink_to(target)
+        new.replace(link)
+
+
+def build_engine(config: Config) -> None:
+    os.umask(0o022)
+    config.builds.mkdir(parents=True, exist_ok=True)
+    compiler = config.compiler()
+    key = config.key(compiler)
+    build = config.builds / f"{config.name}-{key}"
+    if not published(config, build):
+        make(config, key, compiler, build)
+        switch(config.root / config.name, f".builds/{build.name}")
+        switch(config.root / "current", config.name)
+    remove_surplus(config)
+    print(f"published: {build}", flush=True)
+
+
+def to_do(config: Config) -> list[str]:
+    """What `gleaner engine build` would do, a line each."""
+    try:
+        compiler = config.compiler()
+    except EngineError as error:
+        return [f"{config.name} is to be built, when its compiler is there: {error}"]
+    build = config.builds / f"{config.name}-{config.key(compiler)}"
+    lines = (
+        [] if published(config, build) else [f"{config.name} is to be {'put to use' if build.exists() else 'built'}"]
+    )
+    return [*lines, *(f"{path.name} is not used any more, to be removed" for path in surplus(config))]
+
+
+# Commands
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
+    for name, summary in (
+        ("build", "build and publish the engine that the configuration describes, remove old ones"),
+        ("check", f"tell what is to be done; exit code {EXIT_TO_DO} when anything is"),
+    ):
+        action = actions.add_parser(name, help=summary, description=summary)
+        action.add_argument("--config", type=Path, default=CONFIG, help=f"file (default: {CONFIG})")
+        if name == "check":
+            action.add_argument("text", nargs="?", help="a configuration, instead of the file")
+    summary = "compare what this host sees of a build with its manifest"
+    action = actions.add_parser("verify", help=summary, description=summary)
+    action.add_argument("prefix", type=Path, help="folder of the build, or a link to it")
+
+
+def run(args: argparse.Namespace) -> int:
+    try:
+        if args.action == "verify":
+            print(f"{args.prefix}: {verify(args.prefix.resolve())}")
+            return 0
+        text = getattr(args, "text", None)
+        config = Config.from_json("TEXT", json.loads(text)) if text else Config.load(args.config)
+        if args.action == "build":
+            build_engine(config)
+            return 0
+        lines = to_do(config)
+    except (EngineError, download.DownloadError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_FAILED
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_REFUSED
+    print("\n".join(lines))
+    return EXIT_TO_DO if lines else 0

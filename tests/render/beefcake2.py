@@ -1,0 +1,79 @@
+"""Every file that the roles write for `inventories/beefcake2`, rendered on this machine: its hosts are not asked."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+PLUGINS = "tests/render"
+INVENTORY = "inventories/beefcake2"
+CONTROLLER, NODES = "slurm-ctl", ("vasp-01", "vasp-02", "vasp-03")
+SHA256 = "0" * 64
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """The files of each host below a folder of its own, and which templates of roles they came from."""
+
+    folder: Path
+    templates: frozenset[str]
+
+    def text(self, host: str, path: str) -> str:
+        return (self.folder / host / path.lstrip("/")).read_text()
+
+    def paths(self, host: str) -> set[str]:
+        """Absolute paths of a host's files."""
+        folder = self.folder / host
+        return {f"/{path.relative_to(folder)}" for path in folder.rglob("*") if path.is_file()}
+
+
+def provided() -> dict[str, object]:
+    """What a site has to provide (`group_vars/all/provide.yml`)."""
+    variables = yaml.safe_load((ROOT / INVENTORY / "group_vars/all/provide.yml").read_text())
+    return {
+        "model_files": {
+            name: {"source": f"https://models.example/{name}.gguf", "sha256": SHA256}
+            for name in variables["model_files"]
+        },
+        "vault_munge_key": "m" * 64,
+        "vault_slurmdbd_password": "p" * 64,
+        "vault_server_key": "s" * 64,
+    }
+
+
+def render(folder: Path, **variables: object) -> Rendered:
+    """Run site.yml over the inventory with plugins that write every file below the folder, and do nothing else."""
+    folder.mkdir(parents=True, exist_ok=True)
+    extra, index = folder / "provided.json", folder / "index"
+    extra.write_text(json.dumps({**provided(), **variables}))
+    done = subprocess.run(
+        [
+            str(Path(sys.executable).with_name("ansible-playbook")), "site.yml", "--inventory", INVENTORY,
+            "--connection", "local", "--extra-vars", f"@{extra}",
+        ],
+        cwd=ROOT,
+        env={
+            **{name: value for name, value in os.environ.items() if not name.startswith(("ANSIBLE_", "MOLECULE_"))},
+            "ANSIBLE_CONFIG": str(ROOT / "ansible.cfg"),
+            "ANSIBLE_STRATEGY": "render",
+            "ANSIBLE_STRATEGY_PLUGINS": f"{PLUGINS}/strategy_plugins",
+            "ANSIBLE_ACTION_PLUGINS": f"action_plugins:{PLUGINS}/action_plugins",
+            "ANSIBLE_NOCOLOR": "1",
+            "GLEANER_RENDER_TO": str(folder),
+            "GLEANER_RENDER_INDEX": str(index),
+            "LC_ALL": "C.UTF-8",
+        },
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    return Rendered(folder, frozenset(index.read_text().splitlines()))
