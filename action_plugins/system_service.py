@@ -37,10 +37,17 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible-core ships no t
         )
         if self._task.check_mode:
             result = unit_to_come(result, name) or result
-        elif result.get("failed") and name:
+        elif not result.get("failed") and args.get("state") in ("started", "restarted") and self._was_skipped(name):
+            result.update(failed=True, msg=f"{name} was not started: a condition of its unit is not met")
+        if result.get("failed") and name and not self._task.check_mode:
             result["msg"] = self._with_journal(str(result.get("msg", "")), name)
         self._remove_tmp_path(self._connection._shell.tmpdir)
         return result
+
+    def _was_skipped(self, name: str) -> bool:
+        """systemctl counts a unit as started that systemd did not start, since one of its conditions is not met."""
+        shown = self._low_level_execute_command(f"systemctl show --property=ConditionResult {shlex.quote(name)}")
+        return "ConditionResult=no" in str(shown.get("stdout", ""))
 
     def _with_journal(self, message: str, name: str) -> str:
         """systemctl only says that the journal knows why: bring it, where the person is looking."""

@@ -10,6 +10,7 @@ description:
   - The same options and the same work as M(ansible.builtin.systemd_service).
   - In check mode a unit that does not exist on the host yet is a change, not a failure,
     because on a virgin host an earlier task would have installed its package or written its unit file.
+  - A unit that systemd skips since one of its conditions is not met is a failure, where core counts it as started.
   - When the real run fails, the message ends with the last lines of the unit's journal.
 author: Gleaner
 options:

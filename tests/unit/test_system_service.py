@@ -20,21 +20,21 @@ PLAYBOOK = """
     - system_service: {name: nginx, state: started, enabled: true}
       environment: {PATH: "%(bin)s:/usr/bin:/bin"}
 """
-# systemctl of a host whose unit is not there, or is there and does not start.
+# systemctl of a host whose unit is not there, or is there and does not start, or is skipped for a condition.
 SYSTEMCTL = """#!/bin/sh
 case "$1" in
-  show) printf 'Id=nginx.service\\nLoadState=%(load)s\\nActiveState=inactive\\n' ;;
+  show) printf 'Id=nginx.service\\nLoadState=%(load)s\\nActiveState=inactive\\nConditionResult=%(condition)s\\n' ;;
   is-enabled) echo enabled ;;
-  start) echo 'Job for nginx.service failed.' >&2; exit 1 ;;
+  start) [ %(condition)s = no ] || { echo 'Job for nginx.service failed.' >&2; exit 1; } ;;
 esac
 """
 JOURNAL = "#!/bin/sh\necho 'nginx: [emerg] bind() to 0.0.0.0:8080 failed'\n"
 
 
-def play(folder: Path, load: str, *options: str) -> subprocess.CompletedProcess[str]:
+def play(folder: Path, load: str, *options: str, condition: str = "yes") -> subprocess.CompletedProcess[str]:
     programs = folder / "bin"
     programs.mkdir()
-    for name, text in (("systemctl", SYSTEMCTL % {"load": load}), ("journalctl", JOURNAL)):
+    for name, text in (("systemctl", SYSTEMCTL % {"load": load, "condition": condition}), ("journalctl", JOURNAL)):
         (programs / name).write_text(text)
         (programs / name).chmod(0o755)
     (folder / "play.yml").write_text(PLAYBOOK % {"bin": programs})
@@ -79,3 +79,9 @@ def test_a_failed_start_shows_the_journal(tmp_path: Path) -> None:
 )
 def test_any_other_result_is_left_alone(result: dict[str, object]) -> None:
     assert unit_to_come(result, "nginx") is None
+
+
+def test_a_unit_that_is_skipped_for_its_condition_is_no_success(tmp_path: Path) -> None:
+    done = play(tmp_path, "loaded", condition="no")
+    assert done.returncode == 2
+    assert "nginx was not started: a condition of its unit is not met" in done.stdout
