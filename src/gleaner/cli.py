@@ -9,6 +9,7 @@ import sys
 COMMANDS = {
     "gguf": ("gleaner.gguf", "read the header of a model file"),
     "models": ("gleaner.stage", "check, stage and reload model files"),
+    "lend": ("gleaner.lend", "lend verified model files to other nodes"),
     "engine": ("gleaner.engine_build", "build llama.cpp once for all hosts, and verify it"),
     "gpus": ("gleaner.gpus", "compare a node's GPUs with what the inventory declares"),
     "supervise": ("gleaner.supervisor", "batch step of a tier's job"),

@@ -23,10 +23,15 @@ _IMAGE = re.compile(r"^(ELF|PTX) file\s+\d+:\s+\S+\.sm_(\d+)[af]?\.(?:cubin|ptx)
 _FUNCTION = re.compile(r"^\s*Function : (\S+)$")
 _INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P[T0-9]+\s+)?([A-Z][A-Z0-9_]*(?:\.[A-Za-z0-9_]+)*)")
 _FLASH_ATTENTION = "flash_attn"
+# These prepare or put together what attention kernels compute (fattn-common.cuh), and are compiled in any case: without
+# the kernels nothing launches them.
+_HELPERS = re.compile(r"flash_attn_(?:mask_to_|combine_results|stream_k_fixup)")
 # What a stub of llama.cpp holds that was compiled without flash attention: it prints a line and traps.
 _TRAP = "BPT.TRAP"
-# What computes: floating point of any width, tensor cores.
-_COMPUTES = re.compile(r"(?:HMMA|IMMA|DMMA|BMMA|H(?:ADD|MUL|FMA)2|F(?:ADD|MUL|FMA)|D(?:ADD|MUL|FMA)|MUFU)\b")
+_RETURNS = "EXIT"
+# Products of matrices, by tensor cores or without.
+_TENSOR_CORES = re.compile(r"[HIDB]MMA\b")
+_COMPUTES = re.compile(r"(?:[HIDB]MMA|H(?:ADD|MUL|FMA)2|F(?:ADD|MUL|FMA)|D(?:ADD|MUL|FMA)|MUFU)\b")
 
 
 @dataclass(frozen=True)
@@ -112,14 +117,21 @@ class Function:
     """A function of the device code."""
 
     name: str
-    instructions: int = 0
     traps: int = 0
+    returns: int = 0
     computes: int = 0
+    tensor_cores: int = 0
 
     @property
     def stub(self) -> bool:
         """It can do nothing but trap."""
-        return self.traps > 0 and self.computes == 0
+        return self.traps > 0 and self.returns == 0 and self.computes == 0
+
+    def count(self, instruction: str) -> None:
+        self.traps += instruction.startswith(_TRAP)
+        self.returns += instruction.startswith(_RETURNS)
+        self.computes += _COMPUTES.match(instruction) is not None
+        self.tensor_cores += _TENSOR_CORES.match(instruction) is not None
 
 
 def functions(lines: Iterable[str]) -> Iterator[Function]:
@@ -131,9 +143,7 @@ def functions(lines: Iterable[str]) -> Iterator[Function]:
                 yield current
             current = Function(match[1])
         elif current is not None and (match := _INSTRUCTION.match(line)):
-            current.instructions += 1
-            current.traps += match[1].startswith(_TRAP)
-            current.computes += _COMPUTES.match(match[1]) is not None
+            current.count(match[1])
     if current is not None:
         yield current
 
@@ -152,8 +162,8 @@ def disassembled(cuobjdump: str, program: Path) -> Iterator[str]:
 def prove(toolkit: Toolkit, programs: list[Path], flash_attention: bool) -> dict[str, Any]:
     """What the device code of the programs is; EngineError when it is not what was asked for.
 
-    Every image must be of a declared architecture. Without `flash_attention`, every function of it must be a stub that
-    traps: its names alone prove nothing, since llama.cpp compiles them in any case.
+    Every image must be of a declared architecture. Without `flash_attention`, every kernel of it must be a stub that
+    traps: its name alone proves nothing, since llama.cpp compiles the names in any case.
     """
     cuobjdump = str(Path(toolkit.nvcc).with_name("cuobjdump"))
     proof: dict[str, Any] = {"toolkit": toolkit.version(), "flash_attention": flash_attention, "programs": {}}
@@ -166,26 +176,38 @@ def prove(toolkit: Toolkit, programs: list[Path], flash_attention: bool) -> dict
                     f"{program}: has device code of {_words(found)}; "
                     f"want just what llama_cpp_cuda_architectures={list(toolkit.architectures)} names"
                 )
-        attention = computing = total = 0
-        for function in functions(disassembled(cuobjdump, program)):
-            total += 1
-            if _FLASH_ATTENTION in function.name:
-                attention += 1
-                computing += not function.stub
-        if not attention:
-            raise EngineError(f"{program}: none of its {total} device functions is of flash attention: was it renamed?")
-        if computing and not flash_attention:
+        attention = attention_of(functions(disassembled(cuobjdump, program)))
+        if not attention["kernels"]:
+            raise EngineError(f"{program}: no device function is a flash-attention kernel: were they renamed?")
+        if not flash_attention and (attention["computing"] or attention["helpers_with_tensor_cores"]):
             raise EngineError(
-                f"{program}: {computing} of {attention} flash-attention functions compute, although "
-                "llama_cpp_flash_attention is false"
+                f"{program}: llama_cpp_flash_attention is false, but these compute: "
+                f"{', '.join(attention['computing'] or attention['helpers_with_tensor_cores'])}"
             )
         proof["programs"][program.name] = {
             "images": found,
-            "functions": total,
-            "flash_attention_functions": attention,
-            "flash_attention_trap_stubs": attention - computing,
+            "functions": attention["functions"],
+            "flash_attention_kernels": attention["kernels"],
+            "flash_attention_trap_stubs": attention["kernels"] - len(attention["computing"]),
+            "flash_attention_helpers": attention["helpers"],
         }
     return proof
+
+
+def attention_of(code: Iterable[Function]) -> dict[str, Any]:
+    """How many of the functions are flash attention, and the names of those that compute it."""
+    found: dict[str, Any] = {
+        "functions": 0, "kernels": 0, "helpers": 0, "computing": [], "helpers_with_tensor_cores": [],
+    }  # fmt: skip
+    for function in code:
+        found["functions"] += 1
+        if _HELPERS.search(function.name):
+            found["helpers"] += 1
+            found["helpers_with_tensor_cores"] += [function.name] if function.tensor_cores else []
+        elif _FLASH_ATTENTION in function.name:
+            found["kernels"] += 1
+            found["computing"] += [] if function.stub else [function.name]
+    return found
 
 
 def _words(found: dict[str, dict[str, int]]) -> str:

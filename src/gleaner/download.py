@@ -37,6 +37,8 @@ class Source:
     url: str
     sha256: str
     size_bytes: int | None = None
+    headers: tuple[tuple[str, str], ...] = ()
+    """More headers of the requests for it."""
 
 
 class Progress:
@@ -78,16 +80,16 @@ def require_space(name: str, folder: Path, wanted: int) -> None:
 
 
 @contextlib.contextmanager
-def opened(url: str, offset: int) -> Iterator[tuple[BinaryIO | http.client.HTTPResponse, int, int | None]]:
+def opened(source: Source, offset: int) -> Iterator[tuple[BinaryIO | http.client.HTTPResponse, int, int | None]]:
     """The source from `offset`: stream, offset that it really starts at, whole size if known."""
-    parts = urllib.parse.urlsplit(url)
+    parts = urllib.parse.urlsplit(source.url)
     if parts.scheme == "file":
         path = Path(urllib.parse.unquote(parts.path))
         with path.open("rb") as stream:
             stream.seek(offset)
             yield stream, offset, path.stat().st_size
         return
-    request = urllib.request.Request(url, headers={"User-Agent": "gleaner"})
+    request = urllib.request.Request(source.url, headers={"User-Agent": "gleaner", **dict(source.headers)})
     if offset:
         request.add_header("Range", f"bytes={offset}-")
     with urllib.request.urlopen(request, timeout=NETWORK_SECONDS) as response:
@@ -121,7 +123,7 @@ def fetch(source: Source, part: Path) -> str:
 
 def _fetch_once(source: Source, part: Path) -> str:
     have = part.stat().st_size if part.exists() else 0
-    with opened(source.url, have) as (stream, start, total), part.open("r+b" if have else "wb") as target:
+    with opened(source, have) as (stream, start, total), part.open("r+b" if have else "wb") as target:
         if total is not None:
             require_space(source.name, part.parent, total - have)
             if source.size_bytes is not None and total != source.size_bytes:

@@ -388,7 +388,7 @@ def _sketched(
 def head_args(site: Site, tier: Tier, split: Split, cpus: int, ubatch_tokens: int) -> list[str]:
     """Arguments of the head's ``llama-server``, without --host and --port, which the agent adds."""
     endpoints = ",".join(f"{site.nodes[name].rpc_address}:{site_model.RPC_PORT}" for name in tier.workers)
-    args = ["--model", f"{MODELS_DIR}/{tier.model}.gguf", "--alias", tier.model]
+    args = ["--model", f"{MODELS_DIR}/{site.models[tier.model].path}", "--alias", tier.model]
     args += ["--rpc", endpoints, "--split-mode", "layer"]
     args += ["--tensor-split", ",".join(map(str, split.counts))]
     args += _common_args(site, tier, cpus, ubatch_tokens)

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, Union
 
-from gleaner import gguf
+from gleaner import gguf, model_files
 
 RPC_PORT = 50052
 # Ports that the cluster's own daemons listen on: ssh, slurmctld, slurmd, slurmdbd.
@@ -69,10 +69,14 @@ class Node:
 @dataclass(frozen=True)
 class Model:
     name: str
-    source: str
-    sha256: str
-    size_bytes: int | None
+    parts: tuple[Mapping[str, Any], ...]
+    """Source, sha256 and size_bytes of each of its files."""
     facts: Mapping[str, Any]
+
+    @property
+    def path(self) -> str:
+        """What `--model` names, relative to the folder of the models."""
+        return model_files.first_file(self.name, len(self.parts))
 
 
 @dataclass(frozen=True)
@@ -184,7 +188,8 @@ _SITE_KEYS = (
     "slurm",
     "inventory_dir",
 )
-_MODEL_KEYS = ("name", "source", "sha256", "size_bytes", "header")
+_MODEL_KEYS = ("name", "source", "sha256", "size_bytes", "parts", "header")
+_PART_KEYS = ("source", "sha256", "size_bytes")
 _COMMON_TIER_KEYS = (
     "name",
     "kind",
@@ -663,16 +668,39 @@ def _check_model(check: Checker, item: object, variable: str, headers: Headers) 
             check.add(
                 f"{variable}.name",
                 name,
-                "one file",
-                "merge the parts: llama-gguf-split --merge FIRST-PART OUTPUT.gguf",
+                "the name of the whole model",
+                "leave the number of the part out, and list all parts as parts: [{source, sha256}, …]",
             )
-    _check_source_url(check, model.get("source", _MISSING), f"{variable}.source")
-    _check_sha256(check, model.get("sha256", _MISSING), f"{variable}.sha256", "the GGUF file")
-    size = model.get("size_bytes")
-    if size is not None:
-        check.whole(size, f"{variable}.size_bytes", 1, 2**63 - 1, "98000000")
+    if "parts" in model:
+        _check_parts(check, model, variable)
+    else:
+        _check_part(check, model, variable)
     _check_header(check, model, name, variable, headers)
     return name
+
+
+def _check_parts(check: Checker, model: Mapping[str, Any], variable: str) -> None:
+    """Of a split model: each file has a source and a sum, and the model has none of its own."""
+    for key in _PART_KEYS:
+        if key in model:
+            check.add(f"{variable}.{key}", model[key], "nothing beside parts, which have their own", "remove it")
+    cure = "list its files in the order of their numbers, each with source and sha256"
+    parts = check.items(model["parts"], f"{variable}.parts", cure)
+    if _sequence(model["parts"]) and len(parts) < 2:
+        check.add(f"{variable}.parts", model["parts"], "two parts or more", "write source and sha256 of a single file")
+    for index, item in enumerate(parts):
+        part = check.mapping(item, f"{variable}.parts[{index}]")
+        if isinstance(item, Mapping):
+            check.keys(part, _PART_KEYS, f"{variable}.parts[{index}].")
+            _check_part(check, part, f"{variable}.parts[{index}]")
+
+
+def _check_part(check: Checker, part: Mapping[str, Any], variable: str) -> None:
+    _check_source_url(check, part.get("source", _MISSING), f"{variable}.source")
+    _check_sha256(check, part.get("sha256", _MISSING), f"{variable}.sha256", "the GGUF file")
+    size = part.get("size_bytes")
+    if size is not None:
+        check.whole(size, f"{variable}.size_bytes", 1, 2**63 - 1, "98000000")
 
 
 def _check_header(check: Checker, model: Mapping[str, Any], name: str | None, variable: str, headers: Headers) -> None:
@@ -693,12 +721,14 @@ def _check_header(check: Checker, model: Mapping[str, Any], name: str | None, va
     if fault is not None or facts is None:
         check.add(f"{variable}.header", header, f"header facts of version {gguf.FACTS_VERSION} ({fault})", cure)
         return
-    if facts.get("split") is not None:
+    wanted, parts = (facts.get("split") or {}).get("count", 1), model.get("parts")
+    listed = len(parts) if isinstance(parts, Sequence) and _sequence(parts) else 1
+    if listed != wanted and (listed > 1 or "parts" not in model):
         check.add(
-            f"{variable}.header",
-            header,
-            "the facts of a single file (this is a split GGUF)",
-            "merge the parts: llama-gguf-split --merge FIRST-PART OUTPUT.gguf",
+            f"{variable}.{'parts' if 'parts' in model else 'header'}",
+            f"{listed} parts" if "parts" in model else header,
+            f"as many files as the header facts are of, which is {wanted}",
+            "list its files as parts: [{source, sha256}, …], or inspect the model that is meant",
         )
     size = model.get("size_bytes")
     if _whole(size) and size != facts["size_bytes"]:
@@ -1011,9 +1041,10 @@ def read(site: Mapping[str, Any], headers: Headers) -> Site:
         models={
             model["name"]: Model(
                 name=model["name"],
-                source=model["source"],
-                sha256=model["sha256"],
-                size_bytes=model.get("size_bytes"),
+                parts=tuple(
+                    {"source": part["source"], "sha256": part["sha256"], "size_bytes": part.get("size_bytes")}
+                    for part in model.get("parts") or [model]
+                ),
                 facts=_facts(headers, model["name"]),
             )
             for model in site["models"]
@@ -1039,7 +1070,7 @@ def _tier(tier: Mapping[str, Any]) -> Tier:
 
 
 def node_models(site: Mapping[str, Any], headers: Headers, node: str) -> list[dict[str, Any]]:
-    """What a node must hold, in the site's order: name, source, sha256, size_bytes and header of each.
+    """What a node must hold, in the site's order: name, parts, sums and header of each.
 
     A router tier's nodes hold all of its models; of a layer-split tier only the head does, since workers get
     their layers from it. Raises ValueError with all of ``problems``, and for an unknown node.
@@ -1056,9 +1087,8 @@ def node_models(site: Mapping[str, Any], headers: Headers, node: str) -> list[di
     return [
         {
             "name": model.name,
-            "source": model.source,
-            "sha256": model.sha256,
-            "size_bytes": model.size_bytes,
+            "parts": [dict(part) for part in model.parts],
+            "sums": [part["sha256"] for part in model.parts],
             "header": dict(model.facts),
         }
         for model in whole.models.values()

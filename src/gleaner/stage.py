@@ -1,8 +1,13 @@
 """Model files on a node: only verified ones are visible under their name (`gleaner models`).
 
+A model is the file `NAME.gguf`, or, where it is split, the folder `NAME` with its parts as llama.cpp calls them. Either
+becomes visible in one step.
+
 Work files live in `.staging/` of the same folder: `NAME.part` is on its way in, `NAME.doubt` was visible and has to be
 read, `NAME.gone` is on its way out. `.staging/verified.json` remembers what was hashed, so that 45 GB are read once and
 not at every run, and what we brought ourselves, which alone is ours to remove.
+
+What another node of the site has already comes from there (`gleaner.lend`), before its source is asked.
 
 The routers of this node are told of each change: they read the folder only when they start or are asked to.
 """
@@ -18,6 +23,7 @@ import http.client
 import json
 import os
 import re
+import shutil
 import sys
 import time
 import urllib.parse
@@ -26,7 +32,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gleaner import download, files
+from gleaner import download, files, lend, model_files
 
 EXIT_FAILED = 1
 EXIT_REFUSED = 2
@@ -45,12 +51,31 @@ class StageError(download.DownloadError):
 
 
 @dataclass(frozen=True)
-class Model:
-    name: str
+class Part:
+    """One file of a model."""
+
     source: str
     sha256: str
     size_bytes: int | None
+
+
+@dataclass(frozen=True)
+class Model:
+    name: str
+    parts: tuple[Part, ...]
     header: dict[str, Any] | None
+
+    @property
+    def split(self) -> bool:
+        return len(self.parts) > 1
+
+    @property
+    def sha256(self) -> str:
+        return model_files.sum_of([part.sha256 for part in self.parts])
+
+    @property
+    def files(self) -> list[str]:
+        return model_files.file_names(self.name, len(self.parts))
 
 
 @dataclass(frozen=True)
@@ -62,40 +87,48 @@ class Spec:
     ports: tuple[int, ...]
     drain_seconds: float
     """How long requests in flight may go on when their model leaves."""
+    lenders: tuple[str, ...] = ()
+    """Where other nodes lend what they have, `http://address:port` each."""
 
     @classmethod
     def load(cls, path: Path) -> Spec:
         value = files.load_config(path)
         try:
             directory = Path(value["directory"])
-            models = tuple(_model(entry) for entry in value["models"])
+            wanted = tuple(_model(entry) for entry in value["models"])
             address = str(value["routers"]["address"])
             ports = tuple(int(port) for port in value["routers"]["ports"])
             drain_seconds = float(value["routers"]["drain_seconds"])
+            lenders = tuple(str(url) for url in value.get("lenders", ()))
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path}: not a model list ({error!r}): run playbooks/tiers.yml") from None
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
-        names = [model.name for model in models]
+        names = [model.name for model in wanted]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(f"{path}: models[].name: got {twice[0]} twice, want each once")
-        return cls(directory, models, address, ports, drain_seconds)
+        return cls(directory, wanted, address, ports, drain_seconds, lenders)
 
     @property
     def staging(self) -> Path:
         return self.directory / ".staging"
 
     def wanting(self, pairs: list[str]) -> Spec:
-        """The same folder with other models, each given as ``NAME=SHA256``: enough to check, not to stage."""
-        models = [
-            _model({"name": name, "source": "file:///", "sha256": sha})
-            for name, _, sha in (pair.partition("=") for pair in pairs)
+        """The same folder with other models, each given as ``NAME=SHA256,…``: enough to check, not to stage."""
+        wanted = [
+            _model({"name": name, "parts": [{"source": "file:///", "sha256": one} for one in sums.split(",")]})
+            for name, _, sums in (pair.partition("=") for pair in pairs)
         ]
-        return dataclasses.replace(self, models=tuple(models))
+        return dataclasses.replace(self, models=tuple(wanted))
 
-    def path_of(self, name: str) -> Path:
-        return self.directory / f"{name}.gguf"
+    def path_of(self, model: Model) -> Path:
+        return self.directory / model_files.place_of(model.name, len(model.parts))
+
+    def visible(self, name: str) -> Path | None:
+        """Where a model of this name is, whole or split; None when it is not there."""
+        places = (self.directory / f"{name}.gguf", self.directory / name)
+        return next((path for path in places if path.is_file() or holds_models(path)), None)
 
     def work_file(self, name: str, kind: str) -> Path:
         return self.staging / f"{name}.{kind}"
@@ -105,31 +138,41 @@ class Spec:
         return sorted(path.name[: -len(kind) - 1] for path in self.staging.glob(f"*.{kind}"))
 
 
+def holds_models(path: Path) -> bool:
+    """It is a folder in which llama.cpp would find a model."""
+    return path.is_dir() and not path.name.startswith(".") and any(path.glob("*.gguf"))
+
+
 def _model(entry: dict[str, Any]) -> Model:
-    name, source, sha256 = str(entry["name"]), str(entry["source"]), str(entry["sha256"])
-    size, header = entry.get("size_bytes"), entry.get("header")
+    name, header = str(entry["name"]), entry.get("header")
     if not _NAME.fullmatch(name):
         raise ValueError(f"models[].name: got {name!r}, want a file stem like {_NAME.pattern}")
+    if header is not None and not isinstance(header, dict):
+        raise ValueError(
+            f"models[{name}].header: got {type(header).__name__}, want the facts of `gleaner gguf inspect`"
+        )
+    given = entry.get("parts") or [entry]
+    return Model(name, tuple(_part(name, part) for part in given), header)
+
+
+def _part(name: str, entry: dict[str, Any]) -> Part:
+    source, sha256, size = str(entry["source"]), str(entry["sha256"]), entry.get("size_bytes")
     if not _SHA256.fullmatch(sha256):
         raise ValueError(f"models[{name}].sha256: got {sha256!r}, want 64 hexadecimal digits in lower case")
     if urllib.parse.urlsplit(source).scheme not in ("http", "https", "file"):
         raise ValueError(f"models[{name}].source: got {source!r}, want https://…, http://… or file:///…")
     if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
         raise ValueError(f"models[{name}].size_bytes: got {size!r}, want a positive integer")
-    if header is not None and not isinstance(header, dict):
-        raise ValueError(
-            f"models[{name}].header: got {type(header).__name__}, want the facts of `gleaner gguf inspect`"
-        )
-    return Model(name, source, sha256, size, header)
+    return Part(source, sha256, size)
 
 
 # What is there
 
 
-def fingerprint(path: Path) -> dict[str, int]:
-    """What tells that a file is still the one that was hashed."""
-    stat = path.stat()
-    return {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "inode": stat.st_ino}
+def fingerprint(path: Path) -> dict[str, list[int]]:
+    """What tells that a model is still the one that was hashed: size, time and inode of each file, by its name."""
+    stats = {file.name: file.stat() for file in ([path] if path.is_file() else path.iterdir())}
+    return {name: [stat.st_size, stat.st_mtime_ns, stat.st_ino] for name, stat in sorted(stats.items())}
 
 
 def load_verified(spec: Spec) -> dict[str, dict[str, Any]]:
@@ -141,25 +184,30 @@ def load_verified(spec: Spec) -> dict[str, dict[str, Any]]:
 
 
 def note_verified(spec: Spec, model: Model, staged: bool) -> None:
-    """Remember a visible file as hashed. What we staged stays ours when it is only read again."""
+    """Remember a visible model as hashed. What we staged stays ours when it is only read again."""
     known = load_verified(spec)
     before = known.get(model.name, {})
     ours = staged or (before.get("staged") is True and before.get("sha256") == model.sha256)
-    known[model.name] = {"sha256": model.sha256, "staged": ours, **fingerprint(spec.path_of(model.name))}
-    known = {name: entry for name, entry in known.items() if spec.path_of(name).exists()}
+    known[model.name] = {
+        "sha256": model.sha256,
+        "sums": [part.sha256 for part in model.parts],
+        "staged": ours,
+        "files": fingerprint(spec.path_of(model)),
+    }
+    known = {name: entry for name, entry in known.items() if spec.visible(name)}
     files.write_atomic(spec.staging / "verified.json", (json.dumps(known, indent=1) + "\n").encode())
 
 
 def is_what_was_noted(path: Path, entry: dict[str, Any]) -> bool:
-    """The file is still the one that was hashed; FileNotFoundError when there is none."""
-    return all(entry.get(key) == value for key, value in fingerprint(path).items())
+    """The model is still the one that was hashed; FileNotFoundError when there is none."""
+    return bool(entry.get("files") == fingerprint(path))
 
 
 def state_of(spec: Spec, model: Model) -> str:
     """present, missing, changed (not the wanted content) or unverified (there, but not hashed yet)."""
     known = load_verified(spec).get(model.name, {})
     try:
-        if not is_what_was_noted(spec.path_of(model.name), known):
+        if not is_what_was_noted(spec.path_of(model), known):
             return "unverified"
     except FileNotFoundError:
         return "missing"
@@ -167,14 +215,16 @@ def state_of(spec: Spec, model: Model) -> str:
 
 
 def leaving(spec: Spec) -> list[str]:
-    """Models that we staged and the list no longer names."""
-    wanted = {model.name for model in spec.models}
+    """Models that we staged and the list no longer names, or names as split where they are whole, or the reverse."""
+    wanted = {model.name: spec.path_of(model) for model in spec.models}
     found = []
     for name, entry in sorted(load_verified(spec).items()):
-        if name in wanted or entry.get("staged") is not True or not _NAME.fullmatch(name):
+        path = spec.visible(name)
+        if entry.get("staged") is not True or not _NAME.fullmatch(name) or path in (None, wanted.get(name)):
             continue
+        assert path is not None
         with contextlib.suppress(FileNotFoundError):
-            if is_what_was_noted(spec.path_of(name), entry):
+            if is_what_was_noted(path, entry):
                 found.append(name)
     return found
 
@@ -192,9 +242,10 @@ def left_over(spec: Spec) -> list[Path]:
 def foreign(spec: Spec) -> list[Path]:
     """Model files that we neither staged nor were told of: nobody vouches for them."""
     wanted = {model.name for model in spec.models}
-    visible = {f"{name}.gguf" for name in [*wanted, *leaving(spec)]}
+    known = {*(spec.path_of(model) for model in spec.models), *(spec.visible(name) for name in leaving(spec))}
+    there = [path for path in spec.directory.glob("*") if path.suffix == ".gguf" or holds_models(path)]
     return [
-        *sorted(path for path in spec.directory.glob("*.gguf") if path.name not in visible),
+        *sorted(path for path in there if path not in known),
         # Its model left the inventory before it had been read.
         *(spec.work_file(name, "doubt") for name in spec.named("doubt") if name not in wanted),
     ]
@@ -251,15 +302,18 @@ def check_header(path: Path, model: Model) -> None:
     from gleaner import gguf
 
     try:
-        gguf.check_file(path, model.header)
+        gguf.check_file(path / model.files[0] if model.split else path, model.header)
     except ValueError as error:
         raise StageError(f"{model.name}: sha256 is right, but the file is not servable: {error}") from None
 
 
 def show(spec: Spec, model: Model, path: Path, staged: bool) -> None:
-    """Make a verified work file visible."""
-    path.chmod(0o644)
-    os.replace(path, spec.path_of(model.name))
+    """Make a verified work file, or folder, visible."""
+    for file in path.iterdir() if model.split else [path]:
+        file.chmod(0o644)
+    if model.split:
+        path.chmod(0o755)
+    os.replace(path, spec.path_of(model))
     fd = os.open(spec.directory, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(fd)
@@ -268,14 +322,31 @@ def show(spec: Spec, model: Model, path: Path, staged: bool) -> None:
     note_verified(spec, model, staged)
 
 
+def remove(path: Path) -> int:
+    """Delete a work file or folder; how many bytes it had."""
+    size = sum(stat[0] for stat in fingerprint(path).values())
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    return size
+
+
+def sum_on_disk(model: Model, path: Path) -> str:
+    """The model's sum as its files have it; empty when it is not made of its files."""
+    if path.is_dir() != model.split or (model.split and {file.name for file in path.iterdir()} != {*model.files}):
+        return ""
+    places = [path / name for name in model.files] if model.split else [path]
+    return model_files.sum_of(
+        [download.hash_file(file, download.Progress(file.stem, file.stat().st_size)) for file in places]
+    )
+
+
 def vindicate(spec: Spec, model: Model) -> bool:
-    """Make a file visible again that was hidden for doubt, if its content is right."""
+    """Make a model visible again that was hidden for doubt, if its content is right."""
     doubt = spec.work_file(model.name, "doubt")
     if not doubt.exists():
         return False
     print(f"{model.name} is there, reading it to verify", flush=True)
-    if download.hash_file(doubt, download.Progress(model.name, doubt.stat().st_size)) != model.sha256:
-        doubt.unlink()
+    if sum_on_disk(model, doubt) != model.sha256:
+        remove(doubt)
         print(f"{model.name} was there with another content, removed", flush=True)
         return False
     check_header(doubt, model)
@@ -289,25 +360,56 @@ def stage_one(spec: Spec, model: Model) -> bool:
         return False
     if vindicate(spec, model):
         return True
-    part = spec.work_file(model.name, "part")
-    if model.size_bytes is not None:
-        have = part.stat().st_size if part.exists() else 0
-        download.require_space(model.name, spec.staging, max(model.size_bytes - have, 0))
-    got = download.fetch(download.Source(model.name, model.source, model.sha256, model.size_bytes), part)
-    if got != model.sha256:
-        part.unlink()
-        raise StageError(
-            f"{model.name}: sha256: got {got}, want {model.sha256}: "
-            f"{model.source} is corrupt or has changed, nothing was made visible"
-        )
+    whole = spec.work_file(model.name, "part")
+    if whole.exists() and whole.is_dir() != model.split:
+        remove(whole)
+    if model.split:
+        whole.mkdir(exist_ok=True)
+    require_all(spec, model, whole)
+    for name, part in zip(model.files, model.parts, strict=True):
+        if model.split and (whole / name).exists():
+            # It has this name since its sum was right.
+            continue
+        bring(spec, name[: -len(".gguf")], part, whole / f"{name}.part" if model.split else whole)
+        if model.split:
+            os.replace(whole / f"{name}.part", whole / name)
     try:
-        check_header(part, model)
+        check_header(whole, model)
     except StageError:
-        part.unlink()
+        remove(whole)
         raise
-    show(spec, model, part, staged=True)
+    show(spec, model, whole, staged=True)
     print(f"{model.name} staged", flush=True)
     return True
+
+
+def require_all(spec: Spec, model: Model, whole: Path) -> None:
+    """StageError when the disk has no room for what is still to come, as far as the inventory tells the sizes."""
+    have = sum(stat[0] for stat in fingerprint(whole).values()) if whole.exists() else 0
+    wanted = sum(part.size_bytes or 0 for part in model.parts)
+    if wanted:
+        download.require_space(model.name, spec.staging, max(wanted - have, 0))
+
+
+def bring(spec: Spec, name: str, part: Part, target: Path) -> None:
+    """Have the file there with the right content: from a node that has it, or else from its source."""
+    for lender in lend.who_has(spec.lenders, part.sha256):
+        print(f"{name} comes from {lender.place}", flush=True)
+        try:
+            source = download.Source(name, lender.url, part.sha256, part.size_bytes, lender.headers)
+            if download.fetch(source, target) == part.sha256:
+                return
+            print(f"{name}: {lender.place} sent another content; going on elsewhere", flush=True)
+            target.unlink()
+        except (download.DownloadError, OSError) as error:
+            print(f"{name}: {error}; going on elsewhere", flush=True)
+    got = download.fetch(download.Source(name, part.source, part.sha256, part.size_bytes), target)
+    if got != part.sha256:
+        target.unlink()
+        raise StageError(
+            f"{name}: sha256: got {got}, want {part.sha256}: "
+            f"{part.source} is corrupt or has changed, nothing was made visible"
+        )
 
 
 def withdraw(spec: Spec) -> list[str]:
@@ -319,24 +421,27 @@ def withdraw(spec: Spec) -> list[str]:
     for model in spec.models:
         state = state_of(spec, model)
         if state in ("unverified", "changed"):
-            hide(spec, model.name, "doubt" if state == "unverified" else "gone")
+            hide(spec, spec.path_of(model), model.name, "doubt" if state == "unverified" else "gone")
     going = leaving(spec)
     hidden = {*spec.named("doubt"), *spec.named("gone")}
     wait_until_idle(spec, {*going, *hidden})
     for name in going:
-        hide(spec, name, "gone")
-    absent = {name for name in [*going, *hidden] if not spec.path_of(name).exists()}
+        if path := spec.visible(name):
+            hide(spec, path, name, "gone")
+    absent = {name for name in [*going, *hidden] if not spec.visible(name)}
     if absent:
         tell(spec, absent=absent)
     for path in left_over(spec):
-        size = path.stat().st_size
-        path.unlink()
+        size = remove(path)
         print(f"{path.name} removed, {size} bytes", flush=True)
     return going
 
 
-def hide(spec: Spec, name: str, kind: str) -> None:
-    os.replace(spec.path_of(name), spec.work_file(name, kind))
+def hide(spec: Spec, path: Path, name: str, kind: str) -> None:
+    hidden = spec.work_file(name, kind)
+    if hidden.exists():
+        remove(hidden)
+    os.replace(path, hidden)
     print(f"{name} taken out of sight", flush=True)
 
 
@@ -493,7 +598,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action = actions.add_parser(name, help=summary, description=summary)
         action.add_argument("--spec", type=Path, default=Path("/etc/gleaner/models.json"))
         if name == "check":
-            action.add_argument("--wanted", nargs="*", metavar="NAME=SHA256", help="models, instead of the spec's")
+            action.add_argument("--wanted", nargs="*", metavar="NAME=SHA256,…", help="models, instead of the spec's")
             action.add_argument("--json", action="store_true", help="for programs")
 
 

@@ -104,7 +104,7 @@ TABLE: list[tuple[tuple[Any, ...], object, str, str, str]] = [
     (("models", 0, "name"), "..", "models[0].name", "without a path", "<name>.gguf"),
     (("models", 0, "name"), "small.gguf", "models[0].name", "without .gguf", "name: small"),
     (("models", 0, "name"), "mmproj-small", "models[0].name", "companion", "rename"),
-    (("models", 0, "name"), "small-00001-of-00002", "models[0].name", "one file", "--merge"),
+    (("models", 0, "name"), "small-00001-of-00002", "models[0].name", "the name of the whole model", "parts: ["),
     (("models", 1, "name"), "small", "models[1].name", "a name of its own (models[0]", "rename"),
     (("models", 0, "source"), "http://a/b.gguf", "models[0].source", "https://… or file:///…", "URL"),
     (("models", 0, "source"), "/srv/b.gguf", "models[0].source", "https://… or file:///…", "URL"),
@@ -216,7 +216,7 @@ def test_all_problems_are_found_in_one_go() -> None:
         (sites.facts(n_head_kv=[1, 2]), "n_head_kv is [1, 2]"),
         (sites.facts(n_embd="128"), "n_embd is '128'"),
         (sites.facts(tensor_bytes={}), "tensor_bytes.total is missing"),
-        (sites.facts(split={"count": 2, "no": 0}), "split GGUF"),
+        (sites.facts(split={"count": 2, "no": 0}), "as many files as the header facts are of, which is 2"),
     ],
 )
 def test_bad_header_facts_name_the_model(facts: Any, words: str) -> None:
@@ -224,6 +224,53 @@ def test_bad_header_facts_name_the_model(facts: Any, words: str) -> None:
     (problem,) = site_model.problems(sites.site(), headers)
     assert problem.variable == "models[0].header"
     assert words in problem.wanted
+
+
+def part(number: int) -> dict[str, Any]:
+    return {"source": f"https://models.example/small-0000{number}-of-00002.gguf", "sha256": str(number) * 64}
+
+
+def split_site(**more: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A site whose first model is split in two, and its headers."""
+    value = sites.site()
+    first = {key: value["models"][0][key] for key in ("name", "header")}
+    value["models"][0] = {**first, "parts": [part(1), part(2)], **more}
+    return value, {**sites.headers(), "small": sites.facts(split={"count": 2, "no": 0})}
+
+
+def test_a_split_model_lists_its_parts() -> None:
+    value, headers = split_site()
+    assert site_model.problems(value, headers) == []
+    whole = site_model.read(value, headers)
+    assert whole.models["small"].path == "small/small-00001-of-00002.gguf"
+    assert whole.models["other"].path == "other.gguf"
+    (small, *_) = site_model.node_models(value, headers, "vasp-02")
+    assert small["parts"] == [{**part(1), "size_bytes": None}, {**part(2), "size_bytes": None}]
+    assert small["sums"] == ["1" * 64, "2" * 64]
+
+
+@pytest.mark.parametrize(
+    ("change", "variable", "wanted"),
+    [
+        ({"parts": [part(1)]}, "models[0].parts", "two parts or more"),
+        ({"parts": [part(1), part(2), part(3)]}, "models[0].parts", "which is 2"),
+        ({"parts": {}}, "models[0].parts", "a list"),
+        ({"parts": [part(1), {"source": "x", "sha256": "2" * 64}]}, "models[0].parts[1].source", "https://"),
+        ({"parts": [part(1), {**part(2), "sha256": "2"}]}, "models[0].parts[1].sha256", "64"),
+        ({"parts": [part(1), {**part(2), "name": "x"}]}, "models[0].parts[1].name", "one of source"),
+        ({"sha256": "1" * 64}, "models[0].sha256", "nothing beside parts"),
+        ({"size_bytes": 7}, "models[0].size_bytes", "nothing beside parts"),
+    ],
+)
+def test_what_is_wrong_with_parts_is_named(change: dict[str, Any], variable: str, wanted: str) -> None:
+    found = site_model.problems(*split_site(**change))
+    assert any(problem.variable == variable and wanted in problem.wanted for problem in found), found
+
+
+def test_parts_of_what_is_one_file_are_refused() -> None:
+    value, _ = split_site()
+    (problem,) = site_model.problems(value, sites.headers())
+    assert (problem.variable, problem.wanted[-10:]) == ("models[0].parts", "which is 1")
 
 
 GARBAGE = st.recursive(

@@ -33,6 +33,7 @@ class Store:
         self.source.write_bytes(DATA)
         self.ports: list[int] = []
         self.drain_seconds = 1
+        self.lenders: list[str] = []
 
     def entry(self, name: str = "one", **more: Any) -> dict[str, Any]:
         return {
@@ -47,10 +48,19 @@ class Store:
     def spec(self, *entries: dict[str, Any]) -> Path:
         path = self.root / "models.json"
         routers = {"address": "127.0.0.1", "ports": self.ports, "drain_seconds": self.drain_seconds}
-        path.write_text(
-            json.dumps({"v": 1, "directory": str(self.models), "routers": routers, "models": list(entries)})
-        )
+        value = {"v": 1, "directory": str(self.models), "routers": routers, "models": list(entries)}
+        path.write_text(json.dumps({**value, "lenders": self.lenders}))
         return path
+
+    def split(self, name: str = "big", **more: Any) -> dict[str, Any]:
+        """A model of three parts."""
+        parts = []
+        for number, (start, end) in enumerate(((0, 100_000), (100_000, 250_000), (250_000, None))):
+            file = self.root / f"part{number}.bin"
+            file.write_bytes(DATA[start:end])
+            sha256 = hashlib.sha256(DATA[start:end]).hexdigest()
+            parts.append({"source": file.as_uri(), "sha256": sha256, "size_bytes": None})
+        return {"name": name, "header": None, "parts": parts, **more}
 
     def run(self, action: str, *entries: dict[str, Any], wanted: list[str] | None = None) -> int:
         arguments = SimpleNamespace(action=action, spec=self.spec(*entries), wanted=wanted, json=False)
@@ -669,3 +679,94 @@ def test_doubtful_model_is_let_go_while_it_is_read(
     assert store.run("stage", store.entry(), store.entry("two")) == 0
     assert seen == [["one"]]
     assert sorted(router.states) == ["one", "two"]
+
+
+# Split models
+
+PARTS = [f"big-0000{number}-of-00003.gguf" for number in (1, 2, 3)]
+
+
+def test_split_model_appears_whole_as_a_folder(store: Store, checked: list[tuple[Path, Any]]) -> None:
+    assert store.run("stage", store.split()) == 0
+    assert store.visible == ["big"]
+    assert sorted(path.name for path in (store.models / "big").iterdir()) == PARTS
+    assert b"".join((store.models / "big" / name).read_bytes() for name in PARTS) == DATA
+    assert [path.name for path, _ in checked] == [PARTS[0]]
+    assert store.run("check", store.split()) == 0
+    assert {stat & 0o777 for stat in (path.stat().st_mode for path in (store.models / "big").iterdir())} == {0o644}
+
+
+def test_split_model_that_lacks_a_part_is_not_visible_and_is_gone_on_with(
+    store: Store, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    entry = store.split()
+    (store.root / "part2.bin").unlink()
+    assert store.run("stage", entry) == stage.EXIT_FAILED
+    assert store.visible == []
+    fetched: list[str] = []
+    fetch = download.fetch
+
+    def look(source: download.Source, part: Path) -> str:
+        fetched.append(source.name)
+        return fetch(source, part)
+
+    monkeypatch.setattr(download, "fetch", look)
+    assert store.run("stage", store.split()) == 0
+    assert fetched == ["big-00003-of-00003"]
+    assert store.visible == ["big"]
+
+
+def test_corrupt_part_is_named(store: Store, capsys: pytest.CaptureFixture[str]) -> None:
+    entry = store.split()
+    (store.root / "part1.bin").write_bytes(b"x")
+    assert store.run("stage", entry) == stage.EXIT_FAILED
+    assert "big-00002-of-00003: sha256: got" in capsys.readouterr().err
+    assert store.visible == []
+
+
+@pytest.mark.parametrize("how", ["changed", "missing", "added"])
+def test_split_model_with_another_content_is_replaced(store: Store, how: str) -> None:
+    assert store.run("stage", store.split()) == 0
+    part = store.models / "big" / PARTS[1]
+    if how == "changed":
+        part.write_bytes(b"x")
+    elif how == "missing":
+        part.unlink()
+    else:
+        (store.models / "big" / "other.gguf").touch()
+    assert store.run("check", store.split()) == stage.EXIT_MISSING
+    assert store.run("stage", store.split()) == 0
+    assert sorted(path.name for path in (store.models / "big").iterdir()) == PARTS
+    assert part.read_bytes() == DATA[100_000:250_000]
+
+
+def test_split_model_that_leaves_the_list_goes_and_a_foreign_one_stays(store: Store) -> None:
+    assert store.run("stage", store.split()) == 0
+    (store.models / "theirs").mkdir()
+    (store.models / "theirs" / "x-00001-of-00002.gguf").touch()
+    found = store.found()
+    assert (found["leaving"], found["foreign"]) == (["big"], ["theirs"])
+    assert store.run("stage") == 0
+    assert store.visible == ["theirs"]
+    assert sorted(path.name for path in (store.models / ".staging").iterdir()) == ["lock", "verified.json"]
+
+
+def test_model_that_becomes_split_takes_the_place_of_the_whole_one_and_back(store: Store) -> None:
+    assert store.run("stage", store.entry("big")) == 0
+    assert store.visible == ["big.gguf"]
+    assert store.run("stage", store.split()) == 0
+    assert store.visible == ["big"]
+    assert store.run("stage", store.entry("big")) == 0
+    assert store.visible == ["big.gguf"]
+
+
+def test_room_for_all_parts_is_asked_for_first(
+    store: Store, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    entry = store.split()
+    for part, size in zip(entry["parts"], (100_000, 150_000, 50_000), strict=True):
+        part["size_bytes"] = size
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=download.SPARE_BYTES + 200_000))
+    monkeypatch.setattr(download, "fetch", lambda *_: pytest.fail("fetched"))
+    assert store.run("stage", entry) == stage.EXIT_FAILED
+    assert f"want {len(DATA) + download.SPARE_BYTES} for big" in capsys.readouterr().err
