@@ -532,6 +532,26 @@ def test_a_build_without_a_manifest_is_refused(place: Home) -> None:
     assert "manifest.json: cannot be read" in place.log("supervise")
 
 
+SMI = """#!/bin/sh
+case $1 in
+*query-gpu=*) echo "0, Tesla V100S-PCIE-32GB, 32768, 00000000:3B:00.0, 550.163.01, 7.0, {errors}, No";;
+esac
+"""
+
+
+@pytest.mark.parametrize("errors", [0, 2])
+def test_a_tier_starts_only_on_a_sound_gpu(place: Home, errors: int) -> None:
+    place.program(place.bin / "nvidia-smi", SMI.format(errors=errors))
+    node = {"address": "127.0.0.1", "rpc_address": "127.0.0.1", "numa_node": None, "gpus": 1}
+    child = supervise(place, nodes={"vasp-02": node})
+    if errors:
+        assert child.wait(15) == Exit.START_FAILED
+        assert "GPU 0 (0000:3b:00.0) of vasp-02: 2 uncorrected ECC error(s)" in place.log("supervise")
+        assert place.started == []
+    else:
+        wait_for(lambda: served(place))
+
+
 def test_stranger_on_the_heartbeat_port_changes_nothing(place: Home) -> None:
     child = supervise(place)
     wait_for(lambda: served(place))
