@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any, TypeVar
 
 import testinfra
@@ -77,6 +78,13 @@ def run(name: str, command: str) -> str:
     done = host(name).run(command)
     assert done.rc == 0, f"{name}: {command}: exit code {done.rc}\n{done.stdout}{done.stderr}"
     return str(done.stdout).strip()
+
+
+def bring(name: str, file: Path, path: str) -> None:
+    """Copy a file of this machine to a host."""
+    config = str(ROOT / f".lab/ssh_config-{LAB_ID}")
+    with file.open("rb") as stream:
+        subprocess.run(["ssh", "-F", config, name, f"cat >{shlex.quote(path)}"], stdin=stream, check=True)
 
 
 def wait_until(what: str, claim: Callable[[], T | None], seconds: float = BACK_SECONDS, every: float = 0.25) -> T:

@@ -82,6 +82,9 @@ def test_a_second_tier_comes_beside_the_first_which_does_not_notice(tmp_path: Pa
     assert cluster.complete(SMOLLM2).status == 200
     for tier, job in (("fast", before), ("second", cluster.running_job("llama-second"))):
         assert cluster.comment(job.id) == f"gleaner:{wanted_digest(tier)}"
+    # The other node had its model already.
+    staged = run(SECOND_NODE, "cat /var/log/gleaner/gleaner-models-stage.log")
+    assert f"{TINY} comes from {cluster.address(cluster.TIER_NODE)}:8098" in staged
 
 
 def test_a_running_tier_whose_plan_changes_lets_its_streams_end_and_serves_the_new_one(tmp_path: Path) -> None:

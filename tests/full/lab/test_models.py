@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from gleaner import gguf
 from tests.lab import cluster, models
+from tests.lab.ansible import ROOT
 from tests.lab.cluster import SMOLLM2, TIER_NODE, TINY, run
 from tests.lab.models import OFFERS, VISIBLE, offer, offered, visible
 
 LEAVING = "leaving-while-serving"
 FRAGILE = "fragile"
 STRAY = "brought-by-hand"
+SPLIT = "tiny-in-parts"
+SOURCES = Path(os.environ.get("GLEANER_CACHE") or "/var/cache/gleaner", "sources")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -61,3 +68,52 @@ def test_a_model_that_leaves_the_inventory_is_let_go_and_deleted(tmp_path: Path)
     assert 400 <= cluster.complete(LEAVING).status < 500
     assert cluster.complete(SMOLLM2).status == 200
     assert (cluster.running_job(), cluster.router_pid()) == (job, server)
+
+
+def answer_of(model: str) -> str:
+    """What the model says when it is not left to chance."""
+    wish = {"model": model, "prompt": "Once upon a time", "max_tokens": 8, "temperature": 0}
+    return str(cluster.ask("/v1/completions", wish).json["choices"][0]["text"])
+
+
+@pytest.fixture
+def in_parts(tmp_path: Path) -> Iterator[dict[str, Any]]:
+    """The tiny model in three parts on the shared file system, and its entry for the inventory."""
+    parts = models.split(SOURCES / f"{TINY}.gguf", tmp_path, SPLIT, 3)
+    assert [part.name for part in parts] == [f"{SPLIT}-0000{number}-of-00003.gguf" for number in (1, 2, 3)]
+    # Beside those of the inventory, which is where a path to header facts leads.
+    header = ROOT / f"inventories/lab/models/{SPLIT}.json"
+    run(TIER_NODE, f"mkdir -p {OFFERS}")
+    for part in parts:
+        cluster.bring(TIER_NODE, part, f"{OFFERS}/{part.name}")
+    header.write_text(gguf.render(gguf.inspect(str(parts[0]))))
+    try:
+        yield {
+            "name": SPLIT,
+            "header": f"models/{SPLIT}.json",
+            "parts": [
+                {
+                    "source": f"file://{OFFERS}/{part.name}",
+                    "sha256": hashlib.sha256(part.read_bytes()).hexdigest(),
+                    "size_bytes": part.stat().st_size,
+                }
+                for part in parts
+            ],
+        }
+    finally:
+        header.unlink()
+
+
+def test_a_split_model_is_served_and_goes_again(tmp_path: Path, in_parts: dict[str, Any]) -> None:
+    done = offer(tmp_path, in_parts)
+    assert done.code == 0, done.output
+    assert SPLIT in visible()
+    assert len(run(TIER_NODE, f"ls {VISIBLE}/{SPLIT}").split()) == 3
+    assert cluster.complete(SPLIT).status == 200
+    # The weights are those of the whole one.
+    assert answer_of(SPLIT) == answer_of(TINY)
+    again = offer(tmp_path, in_parts)
+    assert set(again.changed.values()) == {0}, again.output
+    assert offer(tmp_path).code == 0
+    assert SPLIT not in visible()
+    assert SPLIT not in cluster.model_states()
