@@ -205,8 +205,11 @@ def random_batch(choose: random.Random, facts: Mapping[str, Any]) -> Batch:
     )
 
 
-def cases(folder: Path, *, quick: bool) -> tuple[list[Case], list[Case], list[Case]]:
-    """Splits to be placed, memory to be told, and models to be loaded for real."""
+def cases(folder: Path, *, quick: bool, models: Sequence[str] = REAL_MODELS) -> tuple[list[Case], ...]:
+    """Splits to be placed, memory to be told, and models to be loaded for real.
+
+    `models` are those of the lab, to be told of beside the shapes that are made in the folder.
+    """
     choose = random.Random(SEED)
     layers = [choose.randint(1, 128) for _ in range(12 if quick else 64)]
     splits = []
@@ -214,7 +217,7 @@ def cases(folder: Path, *, quick: bool) -> tuple[list[Case], list[Case], list[Ca
         batch = Batch(256, ubatch_tokens=16, dry_run=True)
         splits.append(Case(small(folder, count), batch, random_shares(choose, count)))
 
-    names = [*shapes(folder), *REAL_MODELS]
+    names = [*shapes(folder), *models]
     names = [name for name in names if not name.endswith("-layers")]
     told: list[Case] = []
     for name in names:
@@ -253,8 +256,8 @@ def facts_of(folder: Path, name: str) -> dict[str, Any]:
     return gguf.inspect(str(folder / f"{name}.gguf"))
 
 
-def on_host(ssh: Sequence[str], folder: Path, engine: str, wanted: Sequence[Case]) -> Iterator[dict[str, Any]]:
-    """Run the cases on the host, one after the other, and give what each said."""
+def task_of(engine: str, wanted: Sequence[Case]) -> bytes:
+    """What the program on the host reads."""
     runs = [
         {
             "id": index,
@@ -265,19 +268,23 @@ def on_host(ssh: Sequence[str], folder: Path, engine: str, wanted: Sequence[Case
         }
         for index, case in enumerate(wanted)
     ]
-    task = json.dumps({"bin": f"{engine}/bin", "runs": runs}).encode()
+    return json.dumps({"bin": f"{engine}/bin", "runs": runs}).encode()
+
+
+def on_host(ssh: Sequence[str], folder: Path, engine: str, wanted: Sequence[Case]) -> Iterator[dict[str, Any]]:
+    """Run the cases on the host, one after the other, and give what each said."""
     with subprocess.Popen(
         [*ssh, f"python3 {FOLDER}/sizing_host.py"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     ) as process:
         assert process.stdin is not None
         assert process.stdout is not None
-        process.stdin.write(task)
+        process.stdin.write(task_of(engine, wanted))
         process.stdin.close()
         for number, line in enumerate(process.stdout, 1):
-            progress(number, len(runs))
+            progress(number, len(wanted))
             yield json.loads(line)
-    if process.returncode or number != len(runs):
-        raise RuntimeError(f"{number} of {len(runs)} runs on {HOST} ended; its ssh ended with {process.returncode}")
+    if process.returncode or number != len(wanted):
+        raise RuntimeError(f"{number} of {len(wanted)} runs on {HOST} ended; its ssh ended with {process.returncode}")
 
 
 def progress(number: int, total: int) -> None:

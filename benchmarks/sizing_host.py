@@ -2,7 +2,7 @@
 
 Reads one JSON object from standard input: ``bin``, the folder of the programs, and ``runs``, each with an ``id``, a
 ``program``, how many RPC servers are its ``devices``, and its ``arguments``, where ``RPC`` stands for their endpoints.
-Writes one line of JSON for each run. Standard library only: it runs where the engine is, under the host's own Python.
+Writes one line of JSON for each run, which also tells how far it is. Standard library only: it runs where the engine is, under the host's own Python.
 """
 
 from __future__ import annotations
@@ -159,7 +159,8 @@ def main() -> None:
     folder = task["bin"]
     if shutil.which(f"{folder}/llama-fit-params") is None:
         sys.exit(f"{folder}: no llama-fit-params; wanted the lab's engine; cure: run playbooks/engine.yml")
-    for run in task["runs"]:
+    total = len(task["runs"])
+    for number, run in enumerate(task["runs"], 1):
         with contextlib.ExitStack() as stack:
             # Real loads get servers of their own, so that their peaks are theirs.
             devices = run["devices"]
@@ -171,7 +172,7 @@ def main() -> None:
                 found = fit_params(program, arguments, ports)
             else:
                 found = serve(program, arguments, ports, run["prompt_words"], servers)
-        print(json.dumps({"id": run["id"], **found}), flush=True)
+        print(json.dumps({"done": number, "total": total, "id": run["id"], **found}), flush=True)
 
 
 if __name__ == "__main__":

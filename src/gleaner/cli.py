@@ -18,6 +18,7 @@ COMMANDS = {
     "route": ("gleaner.upstream", "daemon that turns endpoint records into routing"),
     "status": ("gleaner.status", "what each tier is doing"),
     "tier": ("gleaner.handle", "hold, start or restart a tier"),
+    "smoke": ("gleaner.smoke", "ask tiers for a completion with a certain build"),
     "report": ("gleaner.report", "what the tiers gleaned, and what that cost others"),
     "states": ("gleaner.states", "print the tables of docs/states.md"),
 }

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gleaner import cuda, download, files
+from gleaner import cuda, download, engine_history, files
 from gleaner.engine import EngineError, Manifest, sums, verify
 
 CONFIG = Path("/etc/gleaner/engine.json")
@@ -61,6 +61,10 @@ class Config:
     libraries: tuple[Path, ...]
     """Folders of the toolkit's libraries, where the linker of this host does not look by itself."""
     flash_attention: bool
+    put_to_use: bool
+    """Whether the build becomes the one in use; else it only lies beside it, to be tried."""
+    retry: bool
+    """Whether a build is put to use although the tiers failed with it."""
 
     @classmethod
     def load(cls, path: Path) -> Config:
@@ -90,6 +94,8 @@ class Config:
                 and cuda.Toolkit(str(device["nvcc"]), str(value["cxx"]), tuple(map(str, device["architectures"]))),
                 libraries=tuple(map(Path, device["libraries"])) if device else (),
                 flash_attention=bool(device and device["flash_attention"]),
+                put_to_use=bool(value["put_to_use"]),
+                retry=bool(value["retry"]),
             )
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{name}: does not describe a build ({error!r}): run playbooks/engine.yml") from None
@@ -133,16 +139,20 @@ class Config:
 
 
 def published(config: Config, build: Path) -> bool:
-    """The build is whole, and its version's link and the one in use lead to it."""
+    """The build is whole, and its version's link leads to it, and the one in use if it is to be that."""
     if not (build / "manifest.json").is_file():
         return False
-    links = {config.root / config.name: f".builds/{build.name}", config.root / "current": config.name}
+    links = {config.root / config.name: f".builds/{build.name}"}
+    if config.put_to_use:
+        links[config.root / "current"] = config.name
     return all(link.is_symlink() and os.readlink(link) == target for link, target in links.items())
 
 
 def surplus(config: Config) -> list[Path]:
     """Builds that are there in vain: not among the newest, not linked as in use, not what a running job uses."""
-    spared = {(config.root / "current").resolve().name}
+    current = (config.root / "current").resolve().name
+    # The way back is kept open.
+    spared = {current, engine_history.good_before(config.root, current)}
     # A job may run a build of which only it knows; where Slurm or one of them does not say which, all stay.
     argv = ["squeue", "--noheader", f"--user={config.service_user}", "--format=%A"]
     states = "--states=RUNNING,SUSPENDED,STOPPED,COMPLETING"
@@ -328,10 +338,18 @@ def build_engine(config: Config) -> None:
     key = config.key(compiler)
     build = config.builds / f"{config.name}-{key}"
     if not published(config, build):
+        failure = engine_history.failure_of(config.root, build.name)
+        if failure and not config.retry:
+            raise EngineError(
+                f"llama_cpp_version: got {config.version}, with which the tiers failed: {failure.why}; "
+                "cure: name another version, or -e llama_cpp_retry=true to try this build once more"
+            )
         make(config, key, compiler, build)
         switch(config.root / config.name, f".builds/{build.name}")
-        switch(config.root / "current", config.name)
-    remove_surplus(config)
+        if config.put_to_use:
+            switch(config.root / "current", config.name)
+    if config.put_to_use:
+        remove_surplus(config)
     print(f"published: {build}", flush=True)
 
 
@@ -342,10 +360,40 @@ def to_do(config: Config) -> list[str]:
     except EngineError as error:
         return [f"{config.name} is to be built, when its compiler is there: {error}"]
     build = config.builds / f"{config.name}-{config.key(compiler)}"
-    lines = (
-        [] if published(config, build) else [f"{config.name} is to be {'put to use' if build.exists() else 'built'}"]
-    )
-    return [*lines, *(f"{path.name} is not used any more, to be removed" for path in surplus(config))]
+    lines = []
+    if not published(config, build):
+        lines = [f"{config.name} is to be {'put to use' if build.exists() else 'built'}"]
+    old = surplus(config) if config.put_to_use else []
+    return [*lines, *(f"{path.name} is not used any more, to be removed" for path in old)]
+
+
+# Changing over
+
+
+def use(root: Path, name: str) -> str:
+    """Have the version's link and the one in use lead to this build; which one was in use before.
+
+    EngineError when this host does not see the build whole.
+    """
+    build = root / ".builds" / name
+    manifest = Manifest.load(build)
+    verify(build)
+    before = (root / "current").resolve().name if (root / "current").exists() else ""
+    version = f"{manifest.version}-{manifest.backend}"
+    switch(root / version, f".builds/{name}")
+    switch(root / "current", version)
+    return before
+
+
+def before(root: Path) -> dict[str, str]:
+    """The last build that was good before the one in use, with its version. EngineError when there is none."""
+    current = (root / "current").resolve().name
+    name = engine_history.good_before(root, current)
+    if name is None:
+        raise EngineError(
+            f"{root}: no other build is there with which the tiers were seen to answer: there is nothing to go back to"
+        )
+    return {"build": name, "version": Manifest.load(root / ".builds" / name).version, "current": current}
 
 
 # Commands
@@ -361,9 +409,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action.add_argument("--config", type=Path, default=CONFIG, help=f"file (default: {CONFIG})")
         if name == "check":
             action.add_argument("text", nargs="?", help="a configuration, instead of the file")
+    for name, summary in (
+        ("use", "put a build to use that is there; prints the one that was in use"),
+        ("note", "remember how the tiers did with a build"),
+        ("before", "print the last good build before the one in use, as JSON"),
+    ):
+        action = actions.add_parser(name, help=summary, description=summary)
+        action.add_argument("--root", type=Path, required=True, help="folder of all builds")
+        if name != "before":
+            action.add_argument("build", help="name of its folder")
+        if name == "note":
+            action.add_argument("--failed", default="", metavar="WHY", help="what went wrong; without it, it is good")
     summary = "compare what this host sees of a build with its manifest"
     action = actions.add_parser("verify", help=summary, description=summary)
     action.add_argument("prefix", type=Path, help="folder of the build, or a link to it")
+
+
+def _change(args: argparse.Namespace) -> int:
+    if args.action == "use":
+        print(use(args.root, args.build))
+    elif args.action == "note":
+        engine_history.note(args.root, args.build, args.failed)
+    else:
+        print(json.dumps(before(args.root)))
+    return 0
 
 
 def run(args: argparse.Namespace) -> int:
@@ -371,6 +440,8 @@ def run(args: argparse.Namespace) -> int:
         if args.action == "verify":
             print(f"{args.prefix}: {verify(args.prefix.resolve())}")
             return 0
+        if args.action in ("use", "note", "before"):
+            return _change(args)
         text = getattr(args, "text", None)
         config = Config.from_json("TEXT", json.loads(text)) if text else Config.load(args.config)
         if args.action == "build":

@@ -70,6 +70,8 @@ class Site:
             "keep_builds": 2,
             "service_user": "ai-inference",
             "job_logs": str(self.logs),
+            "put_to_use": True,
+            "retry": False,
             **changes,
         }
         self.config.write_text(json.dumps(value))
