@@ -60,8 +60,8 @@ class Task:
     confine: dict[str, Any] | None
     engine: dict[str, str]
     """Folder of the build, its key as the supervisor read it, and the file that remembers what was verified here."""
-    gpus: int
-    """How many GPUs the program gets; 0 where none is declared."""
+    gpus: dict[str, Any]
+    """How many GPUs the program gets (`count`; 0 where none is declared), and whether others use them (`shared`)."""
 
     @property
     def router(self) -> bool:
@@ -216,8 +216,8 @@ class Preparation:
     """What is done on a node before its program starts."""
 
     task: Task
-    problem: str = ""
-    """Why the program cannot be started here."""
+    problem: str = "what a program needs was not looked at to the end: the log above says why"
+    """Why the program cannot be started here; empty when all was found well."""
     cached: bool = False
     """Whether a worker's cache can be used."""
 
@@ -225,8 +225,8 @@ class Preparation:
         task = self.task
         try:
             verify_engine(task.engine)
-            if task.gpus:
-                gpus.wait_until_usable("nvidia-smi", heartbeat.node_name(), task.gpus, os.environ)
+            if task.gpus["count"]:
+                gpus.wait_until_usable("nvidia-smi", heartbeat.node_name(), os.environ, **task.gpus)
             if not task.answers_http:
                 bring_uvm()
                 self.cached = task.cache is None or tensor_cache.make_sound(
@@ -234,12 +234,13 @@ class Preparation:
                 )
         except (OSError, ValueError, engine.EngineError, gpus.GpuError) as error:
             self.problem = str(error)
+        else:
+            self.problem = ""
 
 
 def verify_engine(wanted: dict[str, str]) -> None:
     """EngineError unless this node sees the very build that the supervisor sees, whole."""
     prefix, memory = Path(wanted["prefix"]), Path(wanted["memory"])
-    # Only a help: where nothing can be remembered, all is read again.
     key = engine.verify(prefix, memory if wanted["memory"] and os.access(memory.parent, os.W_OK) else None)
     if key != wanted["key"]:
         raise engine.EngineError(

@@ -91,7 +91,10 @@ class Toolkit:
             source = Path(folder, "probe.cu")
             source.write_text("#include <vector>\n__global__ void probe(float *x) { x[threadIdx.x] *= 2.0f; }\n")
             argv = [self.nvcc, "-ccbin", self.cxx, f"-arch=sm_{number}", "-c", "-o", f"{folder}/probe.o", str(source)]
-            done = subprocess.run(argv, capture_output=True, text=True, timeout=ASK_SECONDS, check=False)
+            try:
+                done = subprocess.run(argv, capture_output=True, text=True, timeout=ASK_SECONDS, check=False)
+            except subprocess.TimeoutExpired:
+                raise EngineError(f"{self.nvcc} {version}: does not end: {' '.join(argv)}") from None
         if done.returncode:
             lines = [line.strip() for line in (done.stderr + done.stdout).splitlines() if "error" in line.lower()]
             raise EngineError(

@@ -7,6 +7,7 @@ import hashlib
 import http.client
 import os
 import shutil
+import socket
 import time
 import urllib.error
 import urllib.parse
@@ -38,7 +39,7 @@ class Source:
     sha256: str
     size_bytes: int | None = None
     headers: tuple[tuple[str, str], ...] = ()
-    """More headers of the requests for it."""
+    """More headers of the requests for it, which go to this very place: by no proxy, and not on to another one."""
 
 
 class Progress:
@@ -79,6 +80,13 @@ def require_space(name: str, folder: Path, wanted: int) -> None:
         )
 
 
+class _Stay(urllib.request.HTTPRedirectHandler):
+    """Follows nobody."""
+
+    def redirect_request(self, *_: object, **__: object) -> None:
+        return None
+
+
 @contextlib.contextmanager
 def opened(source: Source, offset: int) -> Iterator[tuple[BinaryIO | http.client.HTTPResponse, int, int | None]]:
     """The source from `offset`: stream, offset that it really starts at, whole size if known."""
@@ -92,7 +100,9 @@ def opened(source: Source, offset: int) -> Iterator[tuple[BinaryIO | http.client
     request = urllib.request.Request(source.url, headers={"User-Agent": "gleaner", **dict(source.headers)})
     if offset:
         request.add_header("Range", f"bytes={offset}-")
-    with urllib.request.urlopen(request, timeout=NETWORK_SECONDS) as response:
+    here: list[urllib.request.BaseHandler] = [urllib.request.ProxyHandler({}), _Stay()] if source.headers else []
+    opener = urllib.request.build_opener(*here)
+    with opener.open(request, timeout=NETWORK_SECONDS) as response:
         length = response.headers.get("Content-Length", "")
         start = offset if response.status == 206 else 0
         yield response, start, start + int(length) if length.isdigit() else None
@@ -113,7 +123,8 @@ def fetch(source: Source, part: Path) -> str:
                 continue
             if error.code < 500 or attempt == ATTEMPTS:
                 raise DownloadError(f"{source.url}: HTTP {error.code} {error.reason}") from None
-        except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError) as error:
+        # Before Python 3.10 socket.timeout is not TimeoutError.
+        except (urllib.error.URLError, http.client.HTTPException, socket.timeout, ConnectionError) as error:
             if attempt == ATTEMPTS:
                 raise DownloadError(f"{source.url}: {error}; what came is kept for the next run") from None
         print(f"{source.name} interrupted, resuming ({attempt} of {ATTEMPTS - 1})", flush=True)
@@ -139,7 +150,13 @@ def _fetch_once(source: Source, part: Path) -> str:
             done += len(data)
             progress.show(done)
         target.seek(start)
+        most = source.size_bytes or total
         while data := stream.read(CHUNK):
+            if most is None:
+                # Nobody knows how much comes: the disk is others', too.
+                require_space(source.name, part.parent, len(data))
+            elif done + len(data) > most:
+                raise DownloadError(f"{source.url}: sends more than {most} bytes: the source has changed")
             target.write(data)
             digest.update(data)
             done += len(data)

@@ -10,6 +10,7 @@ switched by rename: a server that runs from an older build keeps its files.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -23,6 +24,8 @@ from gleaner import files
 
 MANIFEST = "manifest.json"
 CHUNK = 4 << 20
+# With --limit the host that builds may be left out.
+CURE = "run playbooks/engine.yml without --limit"
 
 
 class EngineError(Exception):
@@ -54,12 +57,12 @@ class Manifest:
             value = files.load_config(path)
             fields = {name: value[name] for name in cls.__dataclass_fields__ if name in value}
             manifest = cls(**{**fields, "cmake_options": tuple(value["cmake_options"])})
-            if not manifest.sha256 or not all(_inside(name) for name in manifest.sha256):
+            if not isinstance(manifest.sha256, dict) or not manifest.sha256 or not all(map(_inside, manifest.sha256)):
                 raise ValueError(f"{path}: sha256: got {sorted(manifest.sha256)}, want files of the build")
         except (KeyError, TypeError, AttributeError) as error:
-            raise EngineError(f"{path}: no manifest of a build ({error!r}): run playbooks/engine.yml") from None
+            raise EngineError(f"{path}: no manifest of a build ({error!r}): {CURE}") from None
         except ValueError as error:
-            raise EngineError(f"{error}: run playbooks/engine.yml") from None
+            raise EngineError(f"{error}: {CURE}") from None
         return manifest
 
     def write(self, prefix: Path) -> None:
@@ -102,20 +105,20 @@ def verify(prefix: Path, memory: Path | None = None) -> str:
             before = known.get(str(path))
             got = before[1] if isinstance(before, list) and before[:1] == [mark] else hash_file(path)
         except OSError as error:
-            raise EngineError(
-                f"{path}: cannot be read on {os.uname().nodename} ({error.strerror}): run playbooks/engine.yml"
-            ) from None
+            raise EngineError(f"{path}: cannot be read on {os.uname().nodename} ({error.strerror}): {CURE}") from None
         if got != wanted:
             raise EngineError(
                 f"{path}: sha256: got {got} on {os.uname().nodename}, want {wanted}: "
                 "the file was changed, or this host sees another file than the one that was built: "
-                "remove the build's folder and run playbooks/engine.yml"
+                f"remove the build's folder and {CURE}"
             )
         seen[str(path)] = [mark, got]
     for name in _unknown(prefix, manifest):
         raise EngineError(f"{prefix / name}: not in {MANIFEST}: somebody added it: remove it")
     if memory is not None and seen != known:
-        files.write_atomic(memory, json.dumps(seen).encode(), mode=0o600)
+        # Only a help: where nothing can be remembered, all is read again.
+        with contextlib.suppress(OSError):
+            files.write_atomic(memory, json.dumps(seen).encode(), mode=0o600)
     return manifest.key
 
 

@@ -34,7 +34,6 @@ SQUEUE_SECONDS = 10.0
 # Libraries of the toolkit, which nodes do not have. The driver's libcuda.so.1 comes with each node.
 _SHIPPED = re.compile(r"lib(?:cudart|cublas|cublasLt)\.so[.0-9]*")
 _DRIVER = "libcuda.so"
-_MISSING = re.compile(r"^\s*(\S+) => not found", re.MULTILINE)
 _FOUND = re.compile(r"^\s*(\S+) => (/\S+)", re.MULTILINE)
 
 
@@ -183,21 +182,30 @@ def remove_surplus(config: Config) -> None:
 def workplace(config: Config, key: str) -> Iterator[Path]:
     """The folder of this build, for one at a time; what an interrupted run left in it is gone on with."""
     work = config.work_directory / f"gleaner-llama.cpp-{key}"
-    # The parent may be writable by all: build only in a folder that is really ours.
-    with contextlib.suppress(FileExistsError):
-        work.mkdir(mode=0o700)
-    about = work.lstat()
-    if work.is_symlink() or not work.is_dir() or about.st_uid != os.geteuid():
-        raise EngineError(f"{work}: exists and belongs to somebody else: remove it")
-    with (work / "lock").open("w") as lock:
+    # Beside the folder, which goes when the build is done. The parent may be writable by all.
+    lock = own(os.open(f"{work}.lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600), f"{work}.lock")
+    try:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             print(f"waiting for the build that is already running in {work}", flush=True)
             fcntl.flock(lock, fcntl.LOCK_EX)
         # Compilers of a run that was killed may go on: they hold it as long.
-        os.set_inheritable(lock.fileno(), True)
+        os.set_inheritable(lock, True)
+        with contextlib.suppress(FileExistsError):
+            work.mkdir(mode=0o700)
+        os.close(own(os.open(work, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW), str(work)))
         yield work
+    finally:
+        os.close(lock)
+
+
+def own(fd: int, path: str) -> int:
+    """The file or folder that was opened, if it is ours."""
+    if os.fstat(fd).st_uid != os.geteuid():
+        os.close(fd)
+        raise EngineError(f"{path}: exists and belongs to somebody else: remove it")
+    return fd
 
 
 def bring_source(config: Config, work: Path) -> Path:
@@ -205,7 +213,13 @@ def bring_source(config: Config, work: Path) -> Path:
     url, wanted, inside = (config.source[name] for name in ("url", "sha256", "subdirectory"))
     archive, part, source = work / "source.archive", work / "source.archive.part", work / "source"
     if not archive.exists():
-        got = download.fetch(download.Source("llama.cpp source", url, wanted), part)
+        try:
+            got = download.fetch(download.Source("llama.cpp source", url, wanted), part)
+        except FileNotFoundError as error:
+            raise EngineError(
+                f"llama_cpp_source.url: got {url}, which is not there on {os.uname().nodename} ({error.strerror}); "
+                "cure: bring the file there, or name its place"
+            ) from None
         if got != wanted:
             part.unlink()
             raise EngineError(
@@ -263,11 +277,12 @@ def call(argv: list[str], environment: dict[str, str]) -> None:
 
 
 def linked(program: Path, folders: tuple[Path, ...] = ()) -> str:
-    """What the loader of this host finds for the program."""
+    """What the loader of this host finds for the program, and what it complains of."""
     search = {"LD_LIBRARY_PATH": ":".join(map(str, folders))} if folders else {}
-    return subprocess.run(
-        ["ldd", str(program)], capture_output=True, text=True, check=True, env={**os.environ, **search, "LC_ALL": "C"}
-    ).stdout
+    done = subprocess.run(
+        ["ldd", str(program)], capture_output=True, text=True, check=False, env={**os.environ, **search, "LC_ALL": "C"}
+    )
+    return done.stdout + done.stderr
 
 
 def ship(config: Config, programs: Path, prefix: Path) -> None:
@@ -280,9 +295,22 @@ def ship(config: Config, programs: Path, prefix: Path) -> None:
                 (prefix / "lib").mkdir(exist_ok=True)
                 shutil.copy(path, prefix / "lib" / library)
     for name in config.targets:
-        missing = [lib for lib in _MISSING.findall(linked(prefix / "bin" / name)) if not lib.startswith(_DRIVER)]
-        if missing:
-            raise EngineError(f"{name}: linked with libraries that are not there: {', '.join(sorted(set(missing)))}")
+        require_libraries(prefix, name)
+
+
+def require_libraries(prefix: Path, name: str) -> None:
+    """EngineError unless this host can load the program, with the toolkit's libraries from the prefix alone."""
+    said = linked(prefix / "bin" / name)
+    # A libc that is too old is "version `GLIBC_2.38' not found".
+    missing = [line.strip() for line in said.splitlines() if "not found" in line and _DRIVER not in line]
+    if missing:
+        raise EngineError(
+            f"{prefix / 'bin' / name}: {os.uname().nodename} cannot load it: {missing[0]}; cure: install what is "
+            "missing, or have llama_cpp_build_host be a host of the oldest release that the nodes have"
+        )
+    for library, path in _FOUND.findall(said):
+        if _SHIPPED.fullmatch(library) and prefix.resolve() not in Path(path).resolve().parents:
+            raise EngineError(f"{name}: takes {library} from {path}, which nodes do not have, and not from {prefix}")
 
 
 def make(config: Config, key: str, compiler: str, build: Path) -> None:
@@ -292,8 +320,10 @@ def make(config: Config, key: str, compiler: str, build: Path) -> None:
             if config.toolkit:
                 config.toolkit.require()
             programs = compile_all(config, work)
-            part = config.builds / f".part-{key}"
-            shutil.rmtree(part, ignore_errors=True)
+            host = os.uname().nodename
+            for old in config.builds.glob(f".part-{host}-*"):
+                shutil.rmtree(old, ignore_errors=True)
+            part = config.builds / f".part-{host}-{key}"
             ship(config, programs, part)
             shipped = [part / "bin" / name for name in config.targets]
             Manifest(
@@ -305,12 +335,12 @@ def make(config: Config, key: str, compiler: str, build: Path) -> None:
                 cpu_level=config.cpu_level,
                 cmake_options=config.cmake_options,
                 sha256=sums(part),
-                built_on=os.uname().nodename,
+                built_on=host,
                 proof=cuda.prove(config.toolkit, shipped, config.flash_attention) if config.toolkit else {},
             ).write(part)
             sync(part)
             part.rename(build)
-        shutil.rmtree(work)
+        shutil.rmtree(work, ignore_errors=True)
 
 
 def sync(folder: Path) -> None:
@@ -423,6 +453,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     summary = "compare what this host sees of a build with its manifest"
     action = actions.add_parser("verify", help=summary, description=summary)
     action.add_argument("prefix", type=Path, help="folder of the build, or a link to it")
+    action.add_argument("--memory", type=Path, help="file that remembers what was read, so that it is read once")
 
 
 def _change(args: argparse.Namespace) -> int:
@@ -438,7 +469,10 @@ def _change(args: argparse.Namespace) -> int:
 def run(args: argparse.Namespace) -> int:
     try:
         if args.action == "verify":
-            print(f"{args.prefix}: {verify(args.prefix.resolve())}")
+            prefix = args.prefix.resolve()
+            print(f"{args.prefix}: {verify(prefix, args.memory)}")
+            for program in sorted((prefix / "bin").iterdir()):
+                require_libraries(prefix, program.name)
             return 0
         if args.action in ("use", "note", "before"):
             return _change(args)

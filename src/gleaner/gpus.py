@@ -39,6 +39,7 @@ CUDA_ARCHITECTURES = {
 ASK_SECONDS = 60.0
 # A process that was killed a moment ago has the memory of its GPU until the driver has cleaned up.
 LINGER_SECONDS = 5.0
+AGAIN_SECONDS = 1.0
 VOLTA = 70
 # Branch 580 is the last that serves Volta; CUDA 12 runs from 525.60 on (NVIDIA, CUDA Compatibility, minor versions).
 LAST_VOLTA_BRANCH = 580
@@ -66,6 +67,8 @@ class Declared:
     model: str
     memory_mib: int
     numa_node: int
+    memory_used_mib: int = 0
+    """What others hold of it, with the site's consent."""
 
 
 @dataclass(frozen=True)
@@ -107,27 +110,45 @@ def ask(smi: str, query: str, fields: Sequence[str]) -> list[list[str]]:
         raise GpuError(f"{smi} is not there: {cure}") from None
     except (OSError, subprocess.TimeoutExpired) as error:
         raise GpuError(f"{smi} does not answer ({error}): look at `dmesg` for Xid messages of the driver") from None
-    if done.returncode and "No devices were found" not in done.stdout + done.stderr:
+    if "No devices were found" in done.stdout + done.stderr:
+        return []
+    if done.returncode:
         said = (done.stdout + done.stderr).strip().splitlines() or [""]
         raise GpuError(f"{smi} ended with {done.returncode}: {said[0]}")
-    rows = [[cell.strip() for cell in line.split(",")] for line in done.stdout.splitlines()]
-    return [row for row in rows if len(row) == len(fields)]
+    # The last field may hold the separator: a name of a process.
+    rows = [
+        [cell.strip() for cell in line.split(",", len(fields) - 1)] for line in done.stdout.splitlines() if line.strip()
+    ]
+    for row in rows:
+        if len(row) != len(fields):
+            raise GpuError(f"{smi}: cannot read the line {', '.join(row)!r}: want {', '.join(fields)}")
+    return rows
 
 
 def found(smi: str) -> list[Found]:
-    """The GPUs that the driver of this host serves."""
+    """The GPUs that the driver of this host serves. GpuError also when one of them is in no state to be used."""
+    try:
+        rows = ask(smi, "gpu", _FIELDS)
+    except GpuError as error:
+        # An old driver does not know every field.
+        if "not a valid field" not in str(error):
+            raise
+        old = [row[0] for row in ask(smi, "gpu", ("driver_version",)) if _number(row[0]) < FIRST_CUDA_12_BRANCH]
+        if not old:
+            raise
+        raise GpuError(_too_old(os.uname().nodename, old[0])) from None
     return [
         Found(
-            index=int(index),
+            index=_number(index),
             name=name,
             memory_mib=_number(memory),
             pci_bus_id=_bus_id(bus_id),
             driver=driver,
             compute_capability=_number(capability.replace(".", "")),
             uncorrected_errors=_number(errors),
-            pages_pending=pending.lower() == "yes",
+            pages_pending=_answer(pending).lower() == "yes",
         )
-        for index, name, memory, bus_id, driver, capability, errors, pending in ask(smi, "gpu", _FIELDS)
+        for index, name, memory, bus_id, driver, capability, errors, pending in rows
     ]
 
 
@@ -136,9 +157,20 @@ def processes(smi: str) -> list[Process]:
     return [Process(_bus_id(bus_id), int(pid), name) for bus_id, pid, name in rows if pid.isdigit()]
 
 
+def _answer(text: str) -> str:
+    """A cell, empty for what the GPU does not count. GpuError for ``[GPU requires reset]`` and the like."""
+    if text.strip("[]") in ("N/A", "Not Supported", "Disabled", ""):
+        return ""
+    if text.startswith("["):
+        raise GpuError(
+            f"{os.uname().nodename}: a GPU answers {text}: drain the node, `nvidia-smi -r`, and reboot it if that fails"
+        )
+    return text
+
+
 def _number(text: str) -> int:
-    """0 for what the GPU does not count: ``[N/A]``, ``Disabled``."""
-    match = re.match(r"\d+", text)
+    """0 for what the GPU does not count."""
+    match = re.match(r"\d+", _answer(text))
     return int(match[0]) if match else 0
 
 
@@ -162,14 +194,23 @@ def numa_node(sysfs: Path, bus_id: str) -> int | None:
 
 def line_of(gpus: Sequence[Declared]) -> str:
     """The inventory line that declares these GPUs."""
-    entries = (f"{{model: {gpu.model}, memory_mib: {gpu.memory_mib}, numa_node: {gpu.numa_node}}}" for gpu in gpus)
+    entries = []
+    for gpu in gpus:
+        used = f", memory_used_mib: {gpu.memory_used_mib}" if gpu.memory_used_mib else ""
+        entries.append(f"{{model: {gpu.model}, memory_mib: {gpu.memory_mib}, numa_node: {gpu.numa_node}{used}}}")
     return f"gpus: [{', '.join(entries)}]"
 
 
 def model_of(name: str) -> str:
-    """What an inventory calls the GPU of which the driver says, for example, ``Tesla V100S-PCIE-32GB``."""
-    squeezed = re.sub(r"[^a-z0-9]", "", name.lower())
-    return max((model for model in CUDA_ARCHITECTURES if model in squeezed), key=len, default=squeezed)
+    """What an inventory calls the GPU of which the driver says, for example, ``Tesla V100S-PCIE-32GB``.
+
+    Empty for one that the planner does not know.
+    """
+    words = re.split(r"[^a-z0-9]+", name.lower())
+    # The Quadro of 2018 is meant, not its successors of the same number.
+    if "ada" not in words and "blackwell" not in words:
+        words += [first + second for first, second in zip(words, words[1:])]
+    return next((model for model in CUDA_ARCHITECTURES if model in words), "")
 
 
 def mismatches(
@@ -182,7 +223,11 @@ def mismatches(
         if place is None:
             # A machine that does not tell is believed what is declared.
             place = want.numa_node if want else 0
-        real.append(Declared(model_of(gpu.name), gpu.memory_mib, place))
+        model, used = (want.model, want.memory_used_mib) if want else ("MODEL", 0)
+        if model_of(gpu.name) and (want is None or want.model in CUDA_ARCHITECTURES):
+            # What the planner does not know by name, it cannot mistake for another.
+            model = model_of(gpu.name)
+        real.append(Declared(model, gpu.memory_mib, place, used))
     if not there:
         return [
             f"hostvars[{node}].gpus: got {len(declared)} GPU(s), the driver on {node} has none: "
@@ -233,11 +278,14 @@ def driver_problems(node: str, there: Sequence[Found], kernel_module: str) -> li
                 "later ones do not serve Volta"
             )
         elif branch < FIRST_CUDA_12_BRANCH:
-            problems.append(
-                f"driver of {node}: got {version}, want branch {FIRST_CUDA_12_BRANCH} or later: "
-                "older ones do not run CUDA 12"
-            )
+            problems.append(_too_old(node, version))
     return problems
+
+
+def _too_old(node: str, version: str) -> str:
+    return (
+        f"driver of {node}: got {version}, want branch {FIRST_CUDA_12_BRANCH} or later: older ones do not run CUDA 12"
+    )
 
 
 def foreign(node: str, there: Sequence[Process], known: set[int]) -> list[str]:
@@ -274,18 +322,19 @@ def allotted(there: Sequence[Found], environment: Mapping[str, str]) -> list[Fou
     return ours if len(ours) < len(there) and ours else list(there)
 
 
-def wait_until_usable(smi: str, node: str, wanted: int, environment: Mapping[str, str]) -> None:
-    """GpuError unless the GPUs of this job are there, sound and nobody's."""
-    deadline = time.monotonic() + LINGER_SECONDS
+def wait_until_usable(smi: str, node: str, environment: Mapping[str, str], count: int, shared: bool) -> None:
+    """GpuError unless the GPUs of this job are there and sound, and nobody's if they are not `shared`."""
     ours = allotted(found(smi), environment)
-    if len(ours) < wanted:
-        raise GpuError(
-            f"{node}: got {len(ours)} GPU(s) that answer, want {wanted}: look at `nvidia-smi` and `dmesg` there"
-        )
+    if len(ours) < count:
+        cure = "look at `nvidia-smi` and `dmesg` there"
+        raise GpuError(f"{node}: got {len(ours)} GPU(s) that answer, want {count}: {cure}")
     if problems := faults(node, ours):
         raise GpuError("; ".join(problems))
     places = {gpu.pci_bus_id for gpu in ours}
-    while held := foreign(node, [process for process in processes(smi) if process.pci_bus_id in places], set()):
+    deadline = time.monotonic() + LINGER_SECONDS
+    while not shared and (
+        held := foreign(node, [process for process in processes(smi) if process.pci_bus_id in places], set())
+    ):
         if time.monotonic() >= deadline:
             raise GpuError("; ".join(held))
         time.sleep(0.2)
@@ -305,11 +354,28 @@ def check(node: str, declared: Sequence[Declared], smi: str, sysfs: Path, module
         return problems
     numa = {gpu.pci_bus_id: numa_node(sysfs, gpu.pci_bus_id) for gpu in there}
     problems = [*mismatches(node, declared, there, numa), *faults(node, there)]
-    pids = job_processes()
-    if pids is None:
-        print(f"{node}: slurmd cannot be asked which processes are of jobs; not looked for others on the GPUs")
+    if any(gpu.memory_used_mib for gpu in declared):
+        print(f"{node}: others may use its GPUs (memory_used_mib): their processes are not looked at")
         return problems
-    return [*problems, *foreign(node, processes(smi), pids)]
+    return [*problems, *strangers(node, smi)]
+
+
+def strangers(node: str, smi: str) -> list[str]:
+    """Processes on GPUs that are no job's, seen twice: one may begin or end while it is looked for."""
+    before: set[int] = set()
+    for look in (1, 2):
+        there = processes(smi)
+        # Asked afterwards, so that a job that began meanwhile is known.
+        known = job_processes() if there else set()
+        if known is None:
+            print(f"{node}: Slurm cannot be asked whose processes are on its GPUs: `scontrol listpids`")
+            return []
+        alien = [process for process in there if process.pid not in known and (look == 1 or process.pid in before)]
+        if not alien:
+            return []
+        before = {process.pid for process in alien}
+        time.sleep(AGAIN_SECONDS if look == 1 else 0)
+    return foreign(node, alien, set())
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -328,7 +394,10 @@ def _declared(text: str) -> list[Declared]:
         entries = json.loads(text)
         if not isinstance(entries, list):
             raise TypeError(type(entries).__name__)
-        return [Declared(str(e["model"]), int(e["memory_mib"]), int(e["numa_node"])) for e in entries]
+        return [
+            Declared(str(e["model"]), int(e["memory_mib"]), int(e["numa_node"]), int(e.get("memory_used_mib", 0)))
+            for e in entries
+        ]
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"gpus: got {text!r} ({error!r}), want a list of model, memory_mib and numa_node") from None
 

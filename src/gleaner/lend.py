@@ -8,11 +8,11 @@ the program for the first request; it ends by itself, so that nothing runs besid
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import hmac
 import http.client
 import http.server
-import json
 import os
 import re
 import socket
@@ -33,7 +33,6 @@ EXIT_REFUSED = 2
 FIRST_SOCKET = 3
 ASK_SECONDS = 3.0
 IDLE_SECONDS = 60.0
-CHUNK = 4 << 20
 _RANGE = re.compile(r"bytes=(\d+)-")
 _PATH = re.compile(r"/([0-9a-f]{64})")
 
@@ -85,16 +84,14 @@ def file_of(directory: Path, sha256: str) -> Path | None:
     """The visible file whose content was found to have this sum, if it is still the one that was read."""
     from gleaner import stage
 
-    try:
-        verified = json.loads(files.read_bounded(directory / ".staging" / "verified.json", files.JSON_LIMIT))
-        for name, entry in verified.items():
+    for name, entry in stage.verified_in(directory).items():
+        # One that cannot be read does not hide the others.
+        with contextlib.suppress(OSError, KeyError, TypeError, AttributeError):
             sums, marks = entry["sums"], entry["files"]
             for file_name, sum_ in zip(sorted(marks), sums):
                 path = Path(directory, file_name) if len(sums) == 1 else Path(directory, name, file_name)
                 if sum_ == sha256 and stage.fingerprint(path)[file_name] == marks[file_name]:
                     return path
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None
     return None
 
 
@@ -165,8 +162,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             if with_body:
                 say(f"lends {path.name} to {self.client_address[0]}, from byte {start}")
                 self.wfile.flush()
-                while start < size:
-                    start += os.sendfile(self.connection.fileno(), stream.fileno(), start, min(CHUNK, size - start))
+                # By the socket's own method, which waits where the receiver is slow.
+                self.connection.sendfile(stream, start)
 
     def log_message(self, format: str, *args: object) -> None:
         """Only what is lent is worth a line."""

@@ -706,7 +706,11 @@ def _base(site: Site, tier: Tier, mem_mib: int | None, warnings: list[str]) -> d
                 "address": node.cluster_address,
                 "rpc_address": node.rpc_address,
                 "numa_node": node.gpus[0].numa_node if node.gpus else 0,
-                "gpus": tier.gpus_per_node if node.gpus else 0,
+                "gpus": {
+                    "count": tier.gpus_per_node if node.gpus else 0,
+                    # Declared as used by others, who may have been there before us.
+                    "shared": any(gpu.memory_used_mib for gpu in node.gpus),
+                },
                 "role": roles[node.name],
             }
             for node in nodes

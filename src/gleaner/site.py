@@ -19,8 +19,17 @@ from typing import Any, Union
 from gleaner import gguf, model_files
 
 RPC_PORT = 50052
-# Ports that the cluster's own daemons listen on: ssh, slurmctld, slurmd, slurmdbd.
-TAKEN_PORTS = {22: "sshd", 6817: "slurmctld", 6818: "slurmd", 6819: "slurmdbd", RPC_PORT: "the RPC workers"}
+# Where nodes lend each other models.
+LEND_PORT = 8098
+# Ports that the cluster's own daemons listen on, and ours.
+TAKEN_PORTS = {
+    22: "sshd",
+    6817: "slurmctld",
+    6818: "slurmd",
+    6819: "slurmdbd",
+    LEND_PORT: "the lending of models",
+    RPC_PORT: "the RPC workers",
+}
 KINDS = ("router", "layer_split")
 BACKENDS = ("cpu", "cuda")
 KV_TYPES = ("f16", "q8_0", "q4_0")

@@ -133,8 +133,12 @@ class Spec:
     def work_file(self, name: str, kind: str) -> Path:
         return self.staging / f"{name}.{kind}"
 
+    def part_of(self, model: Model) -> Path:
+        """Where the model comes in. Its sum is part of the name: what came of another content is not gone on with."""
+        return self.staging / f"{model.name}.{model.sha256[:12]}.part"
+
     def named(self, kind: str) -> list[str]:
-        """Of which models there are work files of this kind."""
+        """Of which models there are work files of this kind, which is doubt or gone."""
         return sorted(path.name[: -len(kind) - 1] for path in self.staging.glob(f"*.{kind}"))
 
 
@@ -152,7 +156,12 @@ def _model(entry: dict[str, Any]) -> Model:
             f"models[{name}].header: got {type(header).__name__}, want the facts of `gleaner gguf inspect`"
         )
     given = entry.get("parts") or [entry]
-    return Model(name, tuple(_part(name, part) for part in given), header)
+    parts = tuple(_part(name, part) for part in given)
+    size = (header or {}).get("size_bytes")
+    if len(parts) == 1 and parts[0].size_bytes is None and isinstance(size, int):
+        # Its header facts know how long it is.
+        parts = (dataclasses.replace(parts[0], size_bytes=size),)
+    return Model(name, parts, header)
 
 
 def _part(name: str, entry: dict[str, Any]) -> Part:
@@ -176,11 +185,31 @@ def fingerprint(path: Path) -> dict[str, list[int]]:
 
 
 def load_verified(spec: Spec) -> dict[str, dict[str, Any]]:
+    return verified_in(spec.directory)
+
+
+def verified_in(directory: Path) -> dict[str, dict[str, Any]]:
+    """What is remembered of the models in a folder, by name; nothing when that cannot be read."""
     try:
-        value = json.loads(files.read_bounded(spec.staging / "verified.json", files.JSON_LIMIT))
+        value = json.loads(files.read_bounded(directory / ".staging" / "verified.json", files.JSON_LIMIT))
     except (OSError, ValueError):
         return {}
-    return {name: entry for name, entry in value.items() if isinstance(entry, dict)} if isinstance(value, dict) else {}
+    if not isinstance(value, dict):
+        return {}
+    return {name: _entry(name, entry) for name, entry in value.items() if isinstance(entry, dict)}
+
+
+def _entry(name: str, entry: dict[str, Any]) -> dict[str, Any]:
+    """As it is written now; before there were split models, an entry had its one file's marks itself."""
+    if "files" in entry or "sha256" not in entry:
+        return entry
+    marks = [entry.get(key) for key in ("size", "mtime_ns", "inode")]
+    return {
+        "sha256": entry["sha256"],
+        "sums": [entry["sha256"]],
+        "staged": entry.get("staged"),
+        "files": {f"{name}.gguf": marks},
+    }
 
 
 def note_verified(spec: Spec, model: Model, staged: bool) -> None:
@@ -231,11 +260,10 @@ def leaving(spec: Spec) -> list[str]:
 
 def left_over(spec: Spec) -> list[Path]:
     """Work files that nothing goes on with: of models on their way out, and downloads that are not wanted any more."""
-    wanted = {model.name for model in spec.models}
-    parts = [name for name in spec.named("part") if name not in wanted]
+    wanted = {spec.part_of(model) for model in spec.models}
     return [
         *(spec.work_file(name, "gone") for name in spec.named("gone")),
-        *(spec.work_file(name, "part") for name in parts),
+        *sorted(path for path in spec.staging.glob("*.part") if path not in wanted),
     ]
 
 
@@ -360,13 +388,11 @@ def stage_one(spec: Spec, model: Model) -> bool:
         return False
     if vindicate(spec, model):
         return True
-    whole = spec.work_file(model.name, "part")
-    if whole.exists() and whole.is_dir() != model.split:
-        remove(whole)
+    whole = spec.part_of(model)
     if model.split:
         whole.mkdir(exist_ok=True)
     require_all(spec, model, whole)
-    for name, part in zip(model.files, model.parts, strict=True):
+    for name, part in zip(model.files, model.parts):
         if model.split and (whole / name).exists():
             # It has this name since its sum was right.
             continue
@@ -384,9 +410,9 @@ def stage_one(spec: Spec, model: Model) -> bool:
 
 
 def require_all(spec: Spec, model: Model, whole: Path) -> None:
-    """StageError when the disk has no room for what is still to come, as far as the inventory tells the sizes."""
+    """DownloadError when the disk has no room for what is still to come, as far as sizes are known."""
     have = sum(stat[0] for stat in fingerprint(whole).values()) if whole.exists() else 0
-    wanted = sum(part.size_bytes or 0 for part in model.parts)
+    wanted = sum(part.size_bytes or 0 for part in model.parts) or (model.header or {}).get("size_bytes", 0)
     if wanted:
         download.require_space(model.name, spec.staging, max(wanted - have, 0))
 
@@ -403,7 +429,12 @@ def bring(spec: Spec, name: str, part: Part, target: Path) -> None:
             target.unlink()
         except (download.DownloadError, OSError) as error:
             print(f"{name}: {error}; going on elsewhere", flush=True)
-    got = download.fetch(download.Source(name, part.source, part.sha256, part.size_bytes), target)
+    origin, resumed = download.Source(name, part.source, part.sha256, part.size_bytes), target.exists()
+    got = download.fetch(origin, target)
+    if got != part.sha256 and resumed:
+        print(f"{name}: what came before is not of this content; beginning anew", flush=True)
+        target.unlink()
+        got = download.fetch(origin, target)
     if got != part.sha256:
         target.unlink()
         raise StageError(

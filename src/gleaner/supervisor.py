@@ -78,8 +78,8 @@ class Plan:
     address_of: dict[str, str]
     rpc_address_of: dict[str, str]
     numa_node_of: dict[str, int | None]
-    gpus_of: dict[str, int]
-    """How many GPUs the job has on each node, as `nvidia-smi` must find them; 0 where none is declared."""
+    gpus_of: dict[str, dict[str, Any]]
+    """How many GPUs the job has on each node (`count`), and whether others may use them (`shared`)."""
     head: str | None
     worker: Worker | None
     port: int
@@ -132,7 +132,7 @@ class Plan:
             address_of={name: str(node["address"]) for name, node in value["nodes"].items()},
             rpc_address_of={name: str(node["rpc_address"]) for name, node in value["nodes"].items()},
             numa_node_of={name: node["numa_node"] for name, node in value["nodes"].items()},
-            gpus_of={name: int(node.get("gpus", 0)) for name, node in value["nodes"].items()},
+            gpus_of={name: node.get("gpus", {"count": 0, "shared": False}) for name, node in value["nodes"].items()},
             head=head,
             worker=worker,
             port=int(server["node_port"]),

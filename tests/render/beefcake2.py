@@ -25,6 +25,11 @@ class Rendered:
     folder: Path
     templates: frozenset[str]
 
+    @classmethod
+    def read(cls, folder: Path) -> Rendered:
+        """What was rendered into a folder before."""
+        return cls(folder, frozenset((folder / "index").read_text().splitlines()))
+
     def text(self, host: str, path: str) -> str:
         return (self.folder / host / path.lstrip("/")).read_text()
 
@@ -76,4 +81,5 @@ def render(folder: Path, **variables: object) -> Rendered:
         check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-    return Rendered(folder, frozenset(index.read_text().splitlines()))
+    (folder / "whole").touch()
+    return Rendered.read(folder)

@@ -39,7 +39,7 @@ def task(place: Home, **more: object) -> agent.Task:
         "cache": None,
         "confine": None,
         "engine": place.publish(),
-        "gpus": 0,
+        "gpus": {"count": 0, "shared": False},
         **more,
     }
     return agent.Task.from_message(value)

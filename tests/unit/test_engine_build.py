@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import tarfile
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +120,7 @@ def test_a_build_is_published_once(site: Site) -> None:
     assert (site.root / "current").resolve() == build
     assert (build / "bin" / "llama-server").exists()
     assert site.run("check") == 0
-    assert list(site.work.iterdir()) == []
+    assert [path.suffix for path in site.work.iterdir()] == [".lock"]
     (site.bin / "ninja").unlink()
     assert site.run("build") == 0, "built again"
 
@@ -230,11 +231,11 @@ def test_a_failed_build_publishes_nothing_and_is_gone_on_with(site: Site, capsys
     assert site.run("build") == EXIT_FAILED
     assert "ninja ended with 1" in capsys.readouterr().err
     assert list(site.builds.iterdir()) == []
-    (work,) = site.work.iterdir()
+    (work,) = (path for path in site.work.iterdir() if path.is_dir())
     (work / "source" / "source" / "mark").touch()
     site.program("ninja", '[ -e "$2/../source/source/mark" ] && cp /bin/true "$2/bin/llama-server"')
     assert site.run("build") == 0, "it began anew"
-    assert list(site.work.iterdir()) == []
+    assert not work.exists()
 
 
 def test_a_work_folder_of_somebody_else_is_refused(site: Site, capsys: pytest.CaptureFixture[str]) -> None:
@@ -242,7 +243,47 @@ def test_a_work_folder_of_somebody_else_is_refused(site: Site, capsys: pytest.Ca
     config = engine_build.Config.load(site.config)
     (site.work / f"gleaner-llama.cpp-{config.key(config.compiler())}").symlink_to("/tmp")
     assert site.run("build") == EXIT_FAILED
-    assert "belongs to somebody else" in capsys.readouterr().err
+    assert "gleaner-llama.cpp-" in capsys.readouterr().err
+    assert list(site.builds.iterdir()) == []
+
+
+def test_two_builders_wait_for_each_other(site: Site) -> None:
+    site.configure()
+    site.program("ninja", 'sleep 0.5; cp /bin/true "$2/bin/llama-server"')
+    done: list[int] = []
+    threads = [threading.Thread(target=lambda: done.append(site.run("build"))) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert done == [0, 0]
+    assert len(site.there) == 1
+
+
+def test_a_source_that_is_not_there_is_named_with_its_host(site: Site, capsys: pytest.CaptureFixture[str]) -> None:
+    value = site.configure()
+    site.configure(source={**value["source"], "url": "file:///nonexistent/x.tar.gz"})
+    assert site.run("build") == EXIT_FAILED
+    assert "llama_cpp_source.url: got file:///nonexistent/x.tar.gz, which is not there on" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("said", "why"),
+    [
+        ("ldd: ./x: /lib/libc.so.6: version `GLIBC_2.38' not found (required by ./x)", "GLIBC_2.38"),
+        ("\tlibgomp.so.1 => not found", "libgomp.so.1 => not found"),
+        ("\tlibcublas.so.12 => /usr/lib/libcublas.so.12 (0x0)", "and not from"),
+        ("\tlibcuda.so.1 => not found", ""),
+    ],
+    ids=["libc", "library", "toolkit", "driver"],
+)
+def test_what_a_node_cannot_load_is_refused_but_for_the_driver(
+    site: Site, said: str, why: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    build = site.build()
+    site.program("ldd", f"cat <<'EOF'\n{said}\nEOF")
+    assert site.run("verify", str(build)) == (EXIT_FAILED if why else 0)
+    assert why in capsys.readouterr().err
 
 
 def test_the_lock_outlives_the_builder_with_its_compilers(site: Site) -> None:
@@ -253,7 +294,7 @@ def test_the_lock_outlives_the_builder_with_its_compilers(site: Site) -> None:
     with engine_build.workplace(config, "k") as work:
         programs = engine_build.compile_all(config, work)
         left = int((programs.parent / "left").read_text())
-    with (work / "lock").open() as lock:
+    with Path(f"{work}.lock").open() as lock:
         with pytest.raises(BlockingIOError):
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         os.kill(left, 9)

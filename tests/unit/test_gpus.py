@@ -53,6 +53,7 @@ class Node:
 
 @pytest.fixture
 def node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Node:
+    monkeypatch.setattr(gpus, "AGAIN_SECONDS", 0.0)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
     return Node(tmp_path)
 
@@ -71,6 +72,7 @@ def test_a_node_that_is_as_declared_passes(node: Node, capsys: pytest.CaptureFix
     ("rows", "numa", "wrong", "line"),
     [
         ([changed(memory="16384")], 1, "memory_mib 32768, vasp-01 has 16384", "memory_mib: 16384, numa_node: 1"),
+        ([changed(name="Tesla V100-SXM2-32GB")], 1, "model v100s, vasp-01 has Tesla V100-SXM2", "{model: v100, "),
         ([V100S], 0, "numa_node 1, on vasp-01 it sits beside 0", "memory_mib: 32768, numa_node: 0"),
         ([changed(name="NVIDIA A100-PCIE-40GB")], 1, "model v100s, vasp-01 has NVIDIA A100", "{model: a100,"),
         (
@@ -80,7 +82,7 @@ def test_a_node_that_is_as_declared_passes(node: Node, capsys: pytest.CaptureFix
             "[{model: v100s, memory_mib: 32768, numa_node: 1}, {model: v100s, memory_mib: 32768, numa_node: 0}]",
         ),
     ],
-    ids=["memory", "numa", "model", "count"],
+    ids=["memory", "sxm2", "numa", "model", "count"],
 )
 def test_a_mismatch_prints_the_line_to_write(
     node: Node, rows: list[list[str]], numa: int, wrong: str, line: str, capsys: pytest.CaptureFixture[str]
@@ -107,7 +109,7 @@ def test_a_machine_that_does_not_tell_its_numa_node_is_believed_what_is_declared
         (changed(errors="3"), "3 uncorrected ECC error(s)"),
         (changed(pending="Yes"), "pages of its memory wait to be retired"),
         (changed(driver="590.48.01"), "driver of vasp-01: got 590.48.01, want branch 580 or older"),
-        (changed(driver="470.256.02"), "driver of vasp-01: got 470.256.02, want branch 525 or later"),
+        (changed(driver="515.105.01"), "driver of vasp-01: got 515.105.01, want branch 525 or later"),
     ],
     ids=["ECC", "pending", "too new", "too old"],
 )
@@ -127,6 +129,85 @@ def test_what_a_gpu_does_not_count_is_no_fault(node: Node) -> None:
 def test_a_younger_driver_serves_younger_gpus(node: Node) -> None:
     node.answers(changed(name="NVIDIA A100-PCIE-40GB", driver="590.48.01", capability="8.0"))
     assert node.check(gpus.Declared("a100", 32768, 1)) == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "model"),
+    [
+        ("Tesla V100S-PCIE-32GB", "v100s"),
+        ("Tesla V100-SXM2-16GB", "v100"),
+        ("Tesla T4", "t4"),
+        ("NVIDIA T400 4GB", ""),
+        ("Quadro RTX 6000", "rtx6000"),
+        ("NVIDIA RTX 6000 Ada Generation", ""),
+        ("NVIDIA RTX A4000", ""),
+        ("NVIDIA A100 80GB PCIe", "a100"),
+        ("NVIDIA L40S", "l40s"),
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA GH200 480GB", ""),
+        ("Tesla P100-PCIE-16GB", ""),
+    ],
+)
+def test_a_card_is_called_by_its_own_name_only(name: str, model: str) -> None:
+    assert gpus.model_of(name) == model
+
+
+def test_a_model_that_the_planner_does_not_know_is_not_compared(node: Node) -> None:
+    node.answers(changed(name="Tesla P100-PCIE-16GB", memory="16384", capability="6.0"))
+    assert node.check(gpus.Declared("p100", 16384, 1)) == 0
+
+
+@pytest.mark.parametrize("field", ["index", "memory", "errors", "pending"])
+@pytest.mark.parametrize("text", ["[GPU requires reset]", "[Unknown Error]", "[GPU is lost]"])
+def test_a_gpu_in_a_bad_state_is_never_sound(
+    node: Node, field: str, text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    node.answers(changed(**{field: text}))
+    assert node.check(DECLARED) == gpus.EXIT_FAILED
+    assert f"a GPU answers {text}: drain the node" in capsys.readouterr().err
+
+
+def test_a_line_that_cannot_be_read_is_told(node: Node, capsys: pytest.CaptureFixture[str]) -> None:
+    node.answers(["0", "Tesla V100S-PCIE-32GB"])
+    assert node.check(DECLARED) == gpus.EXIT_FAILED
+    assert "cannot read the line" in capsys.readouterr().err
+
+
+def test_a_process_with_a_comma_in_its_name_is_seen(node: Node, capsys: pytest.CaptureFixture[str]) -> None:
+    node.apps("00000000:3B:00.0, 42, ray::Worker(a, b)")
+    assert node.check(DECLARED) == gpus.EXIT_FAILED
+    assert "held by pid 42 (ray::Worker(a, b))" in capsys.readouterr().err
+
+
+def test_a_process_that_ends_meanwhile_is_no_stranger(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    node.apps("00000000:3B:00.0, 42, vasp_gpu")
+    monkeypatch.setattr(time, "sleep", lambda _: node.apps())
+    assert node.check(DECLARED) == 0
+
+
+def test_a_gpu_that_others_may_use_has_no_strangers(node: Node, capsys: pytest.CaptureFixture[str]) -> None:
+    node.apps("00000000:3B:00.0, 42, python3")
+    assert node.check(gpus.Declared("v100s", 32768, 1, 2048)) == 0
+    assert "memory_used_mib" in capsys.readouterr().out
+    node.answers(changed(memory="16384"))
+    assert node.check(gpus.Declared("v100s", 32768, 1, 2048)) == gpus.EXIT_FAILED
+    assert "numa_node: 1, memory_used_mib: 2048}]" in capsys.readouterr().err
+
+
+def test_a_slurm_that_cannot_be_asked_is_told(node: Node, capsys: pytest.CaptureFixture[str]) -> None:
+    node.apps("00000000:3B:00.0, 42, python3")
+    (node.root / "scontrol").write_text("#!/bin/sh\nexit 1\n")
+    assert node.check(DECLARED) == 0
+    assert "Slurm cannot be asked whose processes" in capsys.readouterr().out
+
+
+def test_a_driver_that_is_too_old_to_be_asked_is_named(node: Node, capsys: pytest.CaptureFixture[str]) -> None:
+    node.smi.write_text(
+        "#!/bin/sh\ncase $1 in *compute_cap*) echo 'Field \"compute_cap\" is not a valid field to query.'; exit 2;;\n"
+        "*) echo 470.256.02;; esac\n"
+    )
+    assert node.check(DECLARED) == gpus.EXIT_FAILED
+    assert "got 470.256.02, want branch 525 or later" in capsys.readouterr().err
 
 
 def test_no_gpu_at_all_is_told(node: Node, capsys: pytest.CaptureFixture[str]) -> None:
@@ -177,7 +258,7 @@ TWO = [V100S, changed(index="1", bus="00000000:D8:00.0")]
 
 
 def usable(node: Node, wanted: int = 1, **environment: Any) -> None:
-    gpus.wait_until_usable(str(node.smi), "vasp-01", wanted, environment)
+    gpus.wait_until_usable(str(node.smi), "vasp-01", environment, wanted, shared=False)
 
 
 def test_a_gpu_that_nobody_has_is_usable_at_once(node: Node) -> None:

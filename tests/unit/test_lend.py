@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from typing import Any
 import pytest
 
 from gleaner import download, lend, stage
-from tests.unit.fakes import SERVER_KEY
+from tests.unit.fakes import SERVER_KEY, wait_for
 from tests.unit.test_stage import DATA, SHA, Store, checked, store  # noqa: F401  # fixtures
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -58,8 +59,8 @@ def neighbour(tmp_path: Path, store: Store, key: Path) -> Iterator[Neighbour]:  
     made = Neighbour(tmp_path / "neighbour")
     assert made.store.run("stage", made.store.entry(), made.store.split()) == 0
     yield made
+    wait_for(lambda: made.server.busy == 0)
     made.server.idle_since = 0.0
-    made.server.busy = 0
     made.thread.join(5)
     made.socket.close()
 
@@ -70,6 +71,29 @@ def test_a_verified_file_is_lent_from_any_byte(neighbour: Neighbour) -> None:
     assert neighbour.permitted(Range="bytes=300001-")[0] == 416
     part = hashlib.sha256(DATA[100_000:250_000]).hexdigest()
     assert neighbour.permitted(part) == (200, DATA[100_000:250_000])
+
+
+def test_a_large_file_reaches_a_slow_receiver_whole(neighbour: Neighbour) -> None:
+    """More than the buffers of both sides hold, so that the lender has to wait."""
+    data = os.urandom(1 << 20) * 48
+    file = neighbour.store.models / "large.gguf"
+    file.write_bytes(data)
+    sha256 = hashlib.sha256(data).hexdigest()
+    entry = {"sha256": sha256, "sums": [sha256], "staged": True, "files": stage.fingerprint(file)}
+    (neighbour.store.models / ".staging" / "verified.json").write_text(json.dumps({"large": entry}))
+    with socket.create_connection(neighbour.socket.getsockname()) as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)
+        permit = lend.permit(SERVER_KEY, sha256)
+        sock.sendall(f"GET /{sha256} HTTP/1.0\r\nAuthorization: Bearer {permit}\r\n\r\n".encode())
+        time.sleep(0.3)
+        got = b"".join(iter(lambda: sock.recv(1 << 16), b""))
+    assert got.partition(b"\r\n\r\n")[2] == data
+
+
+def test_an_entry_that_cannot_be_read_hides_no_other(neighbour: Neighbour) -> None:
+    path = neighbour.store.models / ".staging" / "verified.json"
+    path.write_text(json.dumps({"a": {"sha256": 7}, "b": {}, **json.loads(path.read_text())}))
+    assert neighbour.permitted()[0] == 200
 
 
 @pytest.mark.parametrize(
@@ -120,7 +144,7 @@ def test_a_neighbour_that_breaks_off_is_followed_by_the_source(
 ) -> None:
     store.lenders = [neighbour.url]
     monkeypatch.setattr(download, "ATTEMPTS", 1)
-    monkeypatch.setattr(os, "sendfile", lambda *_: (_ for _ in ()).throw(BrokenPipeError("cut")))
+    monkeypatch.setattr(socket.socket, "sendfile", lambda *_: (_ for _ in ()).throw(BrokenPipeError("cut")))
     assert store.run("stage", store.entry()) == 0
     assert (store.models / "one.gguf").read_bytes() == DATA
     assert "going on elsewhere" in capsys.readouterr().out

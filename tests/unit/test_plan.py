@@ -61,7 +61,7 @@ def test_plan_of_a_router_tier() -> None:
             "address": "10.0.0.12",
             "rpc_address": "10.0.1.12",
             "numa_node": 1,
-            "gpus": 1,
+            "gpus": {"count": 1, "shared": False},
             "role": "router",
         }
     }

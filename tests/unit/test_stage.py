@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import http.server
 import json
@@ -51,6 +52,9 @@ class Store:
         value = {"v": 1, "directory": str(self.models), "routers": routers, "models": list(entries)}
         path.write_text(json.dumps({**value, "lenders": self.lenders}))
         return path
+
+    def part(self, name: str = "one", sha256: str = SHA) -> Path:
+        return self.models / ".staging" / f"{name}.{sha256[:12]}.part"
 
     def split(self, name: str = "big", **more: Any) -> dict[str, Any]:
         """A model of three parts."""
@@ -166,7 +170,7 @@ def test_corrupt_source_is_refused_and_stops_no_other(store: Store, capsys: pyte
     wrong = store.entry("bad", sha256="0" * 64)
     assert store.run("stage", wrong, store.entry()) == stage.EXIT_FAILED
     assert store.visible == ["one.gguf"]
-    assert not (store.models / ".staging" / "bad.part").exists()
+    assert not (store.part("bad", "0" * 64)).exists()
     told = capsys.readouterr()
     assert f"bad: sha256: got {SHA}, want {'0' * 64}" in told.err
     assert json.loads(told.out.splitlines()[-1])["changed"] == ["one"]
@@ -405,7 +409,7 @@ def test_interrupted_download_is_resumed(store: Store, source: Source) -> None:
 
 def test_part_of_an_earlier_run_is_resumed(store: Store, source: Source) -> None:
     (store.models / ".staging").mkdir()
-    (store.models / ".staging" / "one.part").write_bytes(DATA[:200_000])
+    store.part().write_bytes(DATA[:200_000])
     assert store.run("stage", store.entry(source=source.url)) == 0
     assert source.ranges == ["bytes=200000-"]
 
@@ -413,21 +417,21 @@ def test_part_of_an_earlier_run_is_resumed(store: Store, source: Source) -> None
 def test_source_without_ranges_is_read_from_the_start(store: Store, source: Source) -> None:
     source.honours_ranges = False
     (store.models / ".staging").mkdir()
-    (store.models / ".staging" / "one.part").write_bytes(b"x" * 1000)
+    store.part().write_bytes(b"x" * 1000)
     assert store.run("stage", store.entry(source=source.url)) == 0
     assert (store.models / "one.gguf").read_bytes() == DATA
 
 
 def test_whole_part_is_taken_without_another_byte(store: Store, source: Source) -> None:
     (store.models / ".staging").mkdir()
-    (store.models / ".staging" / "one.part").write_bytes(DATA)
+    store.part().write_bytes(DATA)
     assert store.run("stage", store.entry(source=source.url)) == 0
     assert store.visible == ["one.gguf"]
 
 
 def test_overlong_part_is_thrown_away(store: Store, source: Source) -> None:
     (store.models / ".staging").mkdir()
-    (store.models / ".staging" / "one.part").write_bytes(b"x" * (len(DATA) + 1))
+    store.part().write_bytes(b"x" * (len(DATA) + 1))
     assert store.run("stage", store.entry(source=source.url)) == 0
     assert (store.models / "one.gguf").read_bytes() == DATA
 
@@ -770,3 +774,72 @@ def test_room_for_all_parts_is_asked_for_first(
     monkeypatch.setattr(download, "fetch", lambda *_: pytest.fail("fetched"))
     assert store.run("stage", entry) == stage.EXIT_FAILED
     assert f"want {len(DATA) + download.SPARE_BYTES} for big" in capsys.readouterr().err
+
+
+def test_parts_of_another_revision_are_not_gone_on_with(store: Store) -> None:
+    """Same names, same number of parts: the first came whole of one revision, the inventory now has another."""
+    before = store.split()
+    (store.root / "part1.bin").unlink()
+    assert store.run("stage", before) == stage.EXIT_FAILED
+    entry = store.split()
+    other = store.root / "other.bin"
+    other.write_bytes(b"another first part")
+    entry["parts"][0] = {"source": other.as_uri(), "sha256": hashlib.sha256(other.read_bytes()).hexdigest()}
+    assert store.run("stage", entry) == 0
+    assert (store.models / "big" / PARTS[0]).read_bytes() == b"another first part"
+    assert sorted(path.name for path in (store.models / ".staging").iterdir()) == ["lock", "verified.json"]
+
+
+def test_what_began_wrong_is_begun_anew_before_anybody_is_blamed(
+    store: Store, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (store.models / ".staging").mkdir()
+    store.part().write_bytes(b"what somebody sent before")
+    assert store.run("stage", store.entry()) == 0
+    assert (store.models / "one.gguf").read_bytes() == DATA
+    assert "beginning anew" in capsys.readouterr().out
+
+
+def test_a_source_that_sends_too_much_is_cut_off(
+    store: Store, source: Source, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    opened = download.opened
+
+    @contextlib.contextmanager
+    def lengthless(*arguments: Any) -> Iterator[Any]:
+        with opened(*arguments) as (stream, start, _):
+            yield stream, start, None
+
+    monkeypatch.setattr(download, "opened", lengthless)
+    assert store.run("stage", store.entry(source=source.url, size_bytes=1000)) == stage.EXIT_FAILED
+    assert "sends more than 1000 bytes" in capsys.readouterr().err
+    assert store.visible == []
+
+
+def test_room_is_looked_for_while_nobody_knows_how_much_comes(
+    store: Store, source: Source, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    opened = download.opened
+
+    @contextlib.contextmanager
+    def lengthless(*arguments: Any) -> Iterator[Any]:
+        with opened(*arguments) as (stream, start, _):
+            yield stream, start, None
+
+    monkeypatch.setattr(download, "opened", lengthless)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=download.SPARE_BYTES + 1000))
+    assert store.run("stage", store.entry(source=source.url)) == stage.EXIT_FAILED
+    assert "bytes free" in capsys.readouterr().err
+
+
+def test_what_an_earlier_version_remembered_is_not_read_again(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert store.run("stage", store.entry()) == 0
+    path = store.models / ".staging" / "verified.json"
+    (mark,) = json.loads(path.read_text())["one"]["files"].values()
+    old = {"sha256": SHA, "staged": True, **dict(zip(("size", "mtime_ns", "inode"), mark))}
+    path.write_text(json.dumps({"one": old}))
+    monkeypatch.setattr(download, "hash_file", lambda *_: pytest.fail("read again"))
+    assert store.run("check", store.entry()) == 0
+    assert store.run("stage", store.entry()) == 0
+    assert store.run("stage") == 0
+    assert store.visible == []

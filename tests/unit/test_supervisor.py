@@ -542,7 +542,8 @@ esac
 @pytest.mark.parametrize("errors", [0, 2])
 def test_a_tier_starts_only_on_a_sound_gpu(place: Home, errors: int) -> None:
     place.program(place.bin / "nvidia-smi", SMI.format(errors=errors))
-    node = {"address": "127.0.0.1", "rpc_address": "127.0.0.1", "numa_node": None, "gpus": 1}
+    node: dict[str, Any] = {"address": "127.0.0.1", "rpc_address": "127.0.0.1", "numa_node": None}
+    node["gpus"] = {"count": 1, "shared": False}
     child = supervise(place, nodes={"vasp-02": node})
     if errors:
         assert child.wait(15) == Exit.START_FAILED

@@ -22,7 +22,7 @@ NODE = "vasp-01"
 ADDRESSES = {CONTROLLER: "10.0.0.5", NODE: "10.0.0.11"}
 UNITS = {
     CONTROLLER: "gleaner-keeper.service gleaner-upstream.service nginx.service slurmctld.service",
-    NODE: "gleaner-firewall.service",
+    NODE: "gleaner-firewall.service gleaner-lend.socket gleaner-lend.service slurmd.service",
 }
 
 

@@ -26,8 +26,6 @@ def gpu(process: dict[str, Any] | None = None, **changes: Any) -> Iterator[None]
     state = json.loads(before)
     state["gpus"][0].update(changes)
     state["processes"] = [process] if process else []
-    if changes.get("index") == "gone":
-        state["gpus"] = []
     put(json.dumps(state))
     try:
         yield
@@ -43,12 +41,6 @@ def provision() -> Run:
     return playbook("playbooks/tiers.yml", "--limit", TIER_NODE, "--tags", "tier_node")
 
 
-def test_what_is_declared_is_what_is_there() -> None:
-    done = provision()
-    assert done.code == 0, done.output
-    assert done.changed == {TIER_NODE: 0}
-
-
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
@@ -57,16 +49,12 @@ def test_what_is_declared_is_what_is_there() -> None:
             "hostvars[vasp-02].gpus: got gpus[0] (0000:3b:00.0): memory_mib 32768, vasp-02 has 16384: "
             "write gpus: [{model: v100s, memory_mib: 16384, numa_node: 0}]",
         ),
-        ({"name": "Tesla T4"}, "write gpus: [{model: t4, memory_mib: 32768, numa_node: 0}]"),
-        ({"index": "gone"}, "hostvars[vasp-02].gpus: got 1 GPU(s), the driver on vasp-02 has none"),
-        ({"ecc.errors.uncorrected.volatile.total": 4}, "4 uncorrected ECC error(s)"),
-        ({"driver_version": "590.48.01"}, "driver of vasp-02: got 590.48.01, want branch 580 or older"),
         (
             {"process": {"gpu_bus_id": "00000000:3B:00.0", "pid": 1, "process_name": "init"}},
             "is held by pid 1 (init), which is no job of Slurm",
         ),
     ],
-    ids=["memory", "model", "missing", "ECC", "driver", "process"],
+    ids=["memory", "process"],
 )
 def test_a_gpu_that_a_plan_must_not_count_on_is_refused(changes: dict[str, Any], said: str) -> None:
     with gpu(**changes):
@@ -81,3 +69,4 @@ def test_a_process_of_a_job_is_no_stranger() -> None:
     with gpu({"gpu_bus_id": "00000000:3B:00.0", "pid": server, "process_name": "llama-server"}):
         done = provision()
     assert done.code == 0, done.output
+    assert done.changed == {TIER_NODE: 0}

@@ -31,7 +31,8 @@ PartitionName=gpu_vasp Nodes=vasp-[01-03] Default=YES
 """
 # By the name of the variable that the task registers.
 ANSWERS: dict[str, dict[str, Any]] = {
-    "__llama_cpp_apt": {"stdout_lines": ["http://mirror/debian/ trixie main"]},
+    "__llama_cpp_apt": {"stdout_lines": ["Debian http://mirror/debian/ trixie main"]},
+    "__llama_cpp_toolkit": {"stat": {"exists": False}},
     "__llama_cpp_driver": {"stat": {"exists": False}},
     "__slurm_controller_package": {"stdout": "  Candidate: 24.11.5-4"},
     "__slurm_preemption_accounting": {"commands": []},
