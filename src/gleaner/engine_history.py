@@ -46,11 +46,15 @@ def load(root: Path) -> list[Trial]:
         ) from None
 
 
-def note(root: Path, build: str, why: str = "") -> None:
-    """Remember how the tiers did with a build."""
-    trials = [*load(root), Trial(build, int(time.time()), why)][-ENTRIES:]
+def note(root: Path, build: str, why: str = "") -> bool:
+    """Remember how the tiers did with a build; false when that is what was known last."""
+    trials = load(root)
+    if trials and (trials[-1].build, trials[-1].why) == (build, why):
+        return False
+    trials = [*trials, Trial(build, int(time.time()), why)][-ENTRIES:]
     text = json.dumps({"v": 1, "trials": [asdict(one) for one in trials]}, indent=1) + "\n"
     files.write_atomic(root / FILE, text.encode())
+    return True
 
 
 def failure_of(root: Path, build: str) -> Trial | None:
