@@ -13,6 +13,7 @@ from gleaner.engine import EngineError
 FILE = "history.json"
 # Enough to go back over, little enough to read.
 ENTRIES = 50
+WORDS = 500
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ def load(root: Path) -> list[Trial]:
 
 def note(root: Path, build: str, why: str = "") -> bool:
     """Remember how the tiers did with a build; false when that is what was known last."""
-    trials = load(root)
+    trials, why = load(root), " ".join(why.split())[:WORDS]
     if trials and (trials[-1].build, trials[-1].why) == (build, why):
         return False
     trials = [*trials, Trial(build, int(time.time()), why)][-ENTRIES:]
