@@ -405,10 +405,12 @@ def yielded(controller: Controller, tier: str, since: float, asking: Asking) -> 
     )
 
 
-def play(controller: Controller, case: str, baseline: float, tokens: int) -> Round:
-    """One case: a paying job comes, the tiers leave, it ends, and they are back."""
+def play(controller: Controller, case: str, baseline: float, budget: float) -> Round:
+    """One case: a paying job comes, the tiers leave, it ends, and they are back. The drain budget is in seconds."""
     tiers = (FAST, REASONING) if case == WIDE else (FAST,)
     wait_served(controller, tiers)
+    # Measured each time: the machine may be faster now, and the stream over before the paying job comes.
+    tokens = short_tokens(controller.address, budget) if case == SHORT else LONG_TOKENS
     with contextlib.ExitStack() as stack:
         # Where nothing is to be in flight, looks at /health; else completions, which wait for the stream.
         health = case not in STREAMS
@@ -580,7 +582,6 @@ def main() -> int:
     try:
         prepare(controller)
         wait_served(controller, (FAST, REASONING))
-        tokens = {SHORT: short_tokens(controller.address, budget), LONG: LONG_TOKENS}
         for number in range(1, arguments.rounds + 1):
             try:
                 idle = baselines(controller)
@@ -593,7 +594,7 @@ def main() -> int:
             for case in CASES[shift:] + CASES[:shift]:
                 baseline = idle[(FAST, REASONING) if case == WIDE else (FAST,)]
                 try:
-                    one = play(controller, case, baseline, tokens.get(case, 0))
+                    one = play(controller, case, baseline, budget)
                 except FAILURES as error:
                     failed.append(f"round {number}, {case}: {error!r}")
                     print(failed[-1], file=sys.stderr, flush=True)

@@ -158,6 +158,10 @@ class Signals:
             got.update(self.socket.recv(4096))
         return got
 
+    def deafen(self) -> None:
+        """For a program that is about to exit: late signals are still caught, and told to nobody."""
+        signal.set_wakeup_fd(-1)
+
     def close(self) -> None:
         """Give the signals back. Not for a program that is about to exit: a late TERM must not kill it."""
         signal.set_wakeup_fd(-1)

@@ -194,7 +194,7 @@ class End:
 
 def how_it_ended(fields: dict[str, str]) -> End:
     """Read the end of a job from its `scontrol show job` fields."""
-    state = fields["JobState"].split(",")[0]
+    state = fields["JobState"]
     ran = slurm.seconds(fields.get("RunTime", "")) or 0
     code = fields.get("ExitCode", "0:0").split(":")[0]
     preempted = slurm.preempted(fields.get("PreemptTime", ""), fields.get("StartTime", ""))
@@ -665,7 +665,7 @@ class Keeper:
 
     def _end_stray(self, name: str, state: TierState, fields: dict[str, str]) -> bool:
         """True while a job lives that belongs to no tier under this name any more; it must not keep its GPU."""
-        job_state = fields["JobState"].split(",")[0]
+        job_state = fields["JobState"]
         if job_state not in LIVING_STATES:
             return False
         if any(fields.get("JobName") == tier.job_name for tier in self.config.tiers if tier.tier == name):

@@ -132,7 +132,7 @@ def parse_jobs(text: str) -> list[Job]:
             Job(
                 id=int(cells[0]),
                 name=cells[1],
-                state=cells[2],
+                state=_state(cells[2]),
                 restarts=int(cells[3]) if cells[3].isdigit() else 0,
                 preempted=preempted(cells[4], cells[5]),
                 run_seconds=seconds(cells[6]) or 0,
@@ -154,7 +154,17 @@ def parse_job(text: str) -> dict[str, str]:
     fields = _fields(" ".join(text.split("\n")))
     if "JobId" not in fields or "JobState" not in fields:
         raise SlurmError(f"scontrol: cannot read {text.strip()[:80]!r}")
-    return fields
+    return {**fields, "JobState": _state(fields["JobState"])}
+
+
+def _state(text: str) -> str:
+    """What the job is doing, by its first word.
+
+    While a node has not answered to a signal, Slurm shows that in place of the state: a job that hears why it was
+    signalled asks in that very moment.
+    """
+    word = text.split(",")[0]
+    return "RUNNING" if word == "SIGNALING" else word
 
 
 def _fields(line: str) -> dict[str, str]:
@@ -225,7 +235,7 @@ def _gpus(gres: str) -> int:
 
 def cause_of_stop(fields: dict[str, str], signal_seconds: int = 0) -> Cause:
     """Why a job that got TERM has to stop; `signal_seconds` is the N of its `--signal=B:TERM@N`."""
-    running = fields["JobState"].split(",")[0] == "RUNNING"
+    running = fields["JobState"] == "RUNNING"
     if running and preempted(fields.get("PreemptTime", ""), fields.get("StartTime", "")):
         return Cause.PREEMPTED
     if fields.get("Reason") == "TimeLimit" or fields["JobState"].startswith("TIMEOUT"):

@@ -273,6 +273,7 @@ class Supervisor:
             self._hear_gateways()
             self._tick()
         self._leave()
+        self.signals.deafen()
         return self.exit
 
     def _tick(self) -> None:

@@ -10,7 +10,7 @@ from functools import cache
 from typing import Any
 
 from benchmarks import lab, preemption
-from benchmarks.preemption import FAST, JOBS, LONG, LONG_TOKENS, NODES, PORTS, REASONING, SHORT
+from benchmarks.preemption import FAST, JOBS, NODES, PORTS, REASONING
 from gleaner import slurm
 from gleaner.events import Event
 from tests.lab import cluster
@@ -27,11 +27,6 @@ BOOKS_SECONDS = 12
 @cache
 def controller() -> preemption.Controller:
     return preemption.Controller(lab.Lab(LAB_ID))
-
-
-def tokens() -> dict[str, int]:
-    """How long the streams of `preemption.play` are, on this machine."""
-    return {SHORT: preemption.short_tokens(controller().address, DRAIN_SECONDS), LONG: LONG_TOKENS}
 
 
 def wait_served(tiers: tuple[str, ...] = BOTH) -> None:

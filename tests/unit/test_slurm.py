@@ -49,6 +49,8 @@ def test_job_fields_of_both_releases(text: str) -> None:
         ({}, Cause.ASKED),
         ({"preempted": "2026-11-24T01:10:00"}, Cause.PREEMPTED),
         ({"preempted": "2026-11-24T00:10:00"}, Cause.ASKED),
+        ({"state": "SIGNALING"}, Cause.ASKED),
+        ({"state": "SIGNALING", "preempted": "2026-11-24T01:10:00"}, Cause.PREEMPTED),
         ({"state": "COMPLETING"}, Cause.CANCELLED),
         ({"state": "CANCELLED"}, Cause.CANCELLED),
         ({"state": "CANCELLED", "preempted": "2026-11-24T01:10:00"}, Cause.CANCELLED),
@@ -76,6 +78,11 @@ def test_cause_of_stop(fields: dict[str, str], cause: Cause) -> None:
 def test_unreadable_job_is_an_error(text: str) -> None:
     with pytest.raises(slurm.SlurmError):
         slurm.parse_job(text)
+
+
+def test_a_job_that_is_being_signalled_runs() -> None:
+    (found,) = slurm.parse_jobs(queue_line(state="SIGNALING"))
+    assert found.state == "RUNNING"
 
 
 def test_queue_lines() -> None:

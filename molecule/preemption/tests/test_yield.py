@@ -32,17 +32,11 @@ def _folder() -> Iterator[None]:
     run(CONTROLLER, f"rm -r {preemption.FOLDER}")
 
 
-@pytest.fixture(scope="module")
-def tokens(_folder: None) -> dict[str, int]:
-    preempt.wait_served()
-    return preempt.tokens()
-
-
 @pytest.mark.parametrize("case", CASES)
-def test_clients_are_served_or_told_and_the_tier_is_back(case: str, tokens: dict[str, int]) -> None:
+def test_clients_are_served_or_told_and_the_tier_is_back(case: str) -> None:
     tiers = (FAST, REASONING) if case == WIDE else (FAST,)
     before = {tier: preempt.tier_job(tier) for tier in tiers}
-    played = preemption.play(preempt.controller(), case, 0.0, tokens.get(case, 0))
+    played = preemption.play(preempt.controller(), case, 0.0, preempt.DRAIN_SECONDS)
     assert played.wrong == ()
     if case in STREAMS:
         assert played.stream is not None

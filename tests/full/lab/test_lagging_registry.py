@@ -23,13 +23,12 @@ CONFIGURATION = "/etc/gleaner/gateway.json"
 UNIT, PROGRAM = "lagging-registry", "/run/lagging_fs.py"
 
 
-@pytest.fixture(scope="module")
-def tokens() -> Iterator[dict[str, int]]:
+@pytest.fixture(scope="module", autouse=True)
+def _lag() -> Iterator[None]:
     """The updater reads the lagging registry while this module lasts."""
     preempt.wait_served()
     try:
         preemption.prepare(preempt.controller())
-        wanted = preempt.tokens()
         run(CONTROLLER, "apt-get -y -q install python3-fusepy >/dev/null")
         program = base64.b64encode((ROOT / "tests/lab/lagging_fs.py").read_bytes()).decode()
         run(CONTROLLER, f"echo {program} | base64 --decode > {PROGRAM}")
@@ -41,7 +40,7 @@ def tokens() -> Iterator[dict[str, int]]:
         )
         run(CONTROLLER, f"cp -p {CONFIGURATION} /run/gateway.json && sed -i 's|{REGISTRY}|{LAGGING}|' {CONFIGURATION}")
         run(CONTROLLER, "systemctl restart gleaner-upstream")
-        yield wanted
+        yield
     finally:
         host = cluster.host(CONTROLLER)
         host.run(f"[ ! -e /run/gateway.json ] || cp -p /run/gateway.json {CONFIGURATION}; rm -f /run/gateway.json")
@@ -50,7 +49,6 @@ def tokens() -> Iterator[dict[str, int]]:
         cluster.wait_served()
 
 
-@pytest.mark.usefixtures("tokens")
 def test_the_lag_is_real() -> None:
     """A file that a node takes away is there for the updater all the same."""
     run(TIER_NODE, f"touch {REGISTRY}/probe")
@@ -62,9 +60,9 @@ def test_the_lag_is_real() -> None:
 
 
 @pytest.mark.parametrize("case", [IDLE, SHORT])
-def test_a_withdrawal_does_not_wait_for_the_file_system(case: str, tokens: dict[str, int]) -> None:
+def test_a_withdrawal_does_not_wait_for_the_file_system(case: str) -> None:
     job = preempt.tier_job(FAST)
-    played = preemption.play(preempt.controller(), case, 0.0, tokens.get(case, 0))
+    played = preemption.play(preempt.controller(), case, 0.0, preempt.DRAIN_SECONDS)
     assert played.wrong == ()
     assert played.stream is None or played.stream.done
     (yielded,) = played.yields
