@@ -212,7 +212,7 @@ def plans(
     context = -(-(wish.prompt_tokens + wish.answer_tokens + 1) // 256) * 256
     common = {"context_tokens": context, "threads": wish.threads}
     head, *workers = nodes
-    split = {"name": "split", "kind": "layer_split", "job_name": "split", "gateway_port": 8098, "priority": 1}
+    split = {"name": "split", "kind": "layer_split", "job_name": "split", "gateway_port": 8097, "priority": 1}
     split |= {"head": head, "workers": workers, "model": wish.model, **common}
     alone = {"name": "alone", "kind": "router", "job_name": "alone", "gateway_port": 8099, "priority": 2}
     alone |= {"nodes": [head], "models": [wish.model], "models_max": 1, **common}

@@ -48,6 +48,8 @@ class TierConfig:
     nodes: dict[str, str]
     supervisors: dict[str, str]
     """Where its supervisor may be: a layer-split tier's is not always with the head."""
+    gateway_port: int = 0
+    """Where clients ask; the updater has no need of it."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,7 @@ class Config:
                         node_port=int(tier["node_port"]),
                         nodes={str(node): str(address) for node, address in tier["nodes"].items()},
                         supervisors={str(node): str(address) for node, address in tier["supervisors"].items()},
+                        gateway_port=int(tier.get("gateway_port", tier["node_port"])),
                     )
                     for tier in value["tiers"]
                 ),

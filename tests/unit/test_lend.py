@@ -103,7 +103,7 @@ def test_a_stranger_gets_nothing(neighbour: Neighbour, permit: str) -> None:
     assert neighbour.ask(f"/{SHA}", Authorization=permit)[0] == 401
 
 
-@pytest.mark.parametrize("path", ["/", "/../../etc/passwd", "/one.gguf", f"/{SHA}/../x", "/" + "g" * 64])
+@pytest.mark.parametrize("path", ["/", "/../../etc/passwd", "/one.gguf", "/" + "0" * 64 + "/../x", "/" + "g" * 64])
 def test_nothing_but_a_sum_is_a_path(neighbour: Neighbour, path: str) -> None:
     assert neighbour.ask(path, Authorization=f"Bearer {lend.permit(SERVER_KEY, '')}")[0] in (400, 404)
 
