@@ -1,22 +1,25 @@
 """The engine is built once, and anew only when its version, its options or the compiler are others.
 
-What is tested is the build script where it is installed. llama.cpp takes minutes to compile, so that the builds here
+What is tested is `gleaner engine` where it is installed. llama.cpp takes minutes to compile, so that the builds here
 are of a program of three lines, with the same CMake, Ninja and compiler.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
 from tests.lab import cluster
 from tests.lab.cluster import CONTROLLER, run
 
-SCRIPT = "/usr/local/sbin/gleaner-build-llama-cpp"
-CONFIG = "/etc/default/gleaner-llama-cpp"
+CONFIG = "/etc/gleaner/engine.json"
 PLACE = "/var/tmp/test-engine"
 COMPILER = f"{PLACE}/c++"
+# Exit codes of `gleaner engine`: done, failed, something to do.
+DONE, FAILED, TO_DO = 0, 1, 3
 
 CMAKE = """cmake_minimum_required(VERSION 3.14)
 project(tiny CXX)
@@ -32,63 +35,69 @@ WRAPPER = """#!/bin/sh
 [ "$1" != --version ] || { cat /var/tmp/test-engine/compiler-version; exit; }
 exec g++ "$@"
 """
-SETTINGS = {
-    "LLAMA_CPP_VERSION": "1",
-    "LLAMA_CPP_BACKEND": "cpu",
-    "LLAMA_CPP_SOURCE_URL": f"file://{PLACE}/source.tar",
-    "LLAMA_CPP_SOURCE_SUBDIRECTORY": "tiny",
-    "LLAMA_CPP_CPU_LEVEL": "x86-64-v3",
-    "LLAMA_CPP_TARGETS": "llama-server",
-    "LLAMA_CPP_CXX": COMPILER,
-    "LLAMA_CPP_NVCC": "/usr/bin/nvcc",
-    "LLAMA_CPP_ROOT": f"{PLACE}/root",
-    "LLAMA_CPP_WORK_DIR": PLACE,
-    "LLAMA_CPP_CCACHE_DIR": f"{PLACE}/ccache",
-    "LLAMA_CPP_KEEP_BUILDS": "9",
-    "LLAMA_CPP_SERVICE_USER": cluster.SERVICE_USER,
-    "LLAMA_CPP_LOGS": f"{PLACE}/logs",
-    "LLAMA_CPP_JOBS": "1",
+SETTINGS: dict[str, Any] = {
+    "v": 1,
+    "version": "1",
+    "backend": "cpu",
+    "cpu_level": "x86-64-v3",
+    "targets": ["llama-server"],
+    "cxx": COMPILER,
+    "cuda": None,
+    "root": f"{PLACE}/root",
+    "work_directory": PLACE,
+    "ccache_directory": f"{PLACE}/ccache",
+    "jobs": 1,
+    "keep_builds": 9,
+    "service_user": cluster.SERVICE_USER,
+    "job_logs": f"{PLACE}/logs",
+    "put_to_use": True,
+    "retry": False,
 }
 PUBLISHED = f"{PLACE}/root/current/bin/llama-server"
 
 
 def put(path: str, text: str) -> None:
-    run(CONTROLLER, f"cat > {path} <<'EOF'\n{text}EOF")
+    run(CONTROLLER, f"cat > {path} <<'EOF'\n{text}\nEOF")
 
 
-def checked(change: str) -> bool:
-    """Whether the engine that is published is the one of the real configuration after this edit with sed."""
-    done = cluster.host(CONTROLLER).run(f"sed '{change}' {CONFIG} > {PLACE}/edited && {SCRIPT} check {PLACE}/edited")
-    assert done.rc in (0, 1), done
-    assert not done.stderr, done
-    return bool(done.rc == 0)
+def engine(action: str, file: str) -> tuple[int, str]:
+    """Run `gleaner engine` with a configuration: its exit code, and what it said."""
+    done = cluster.host(CONTROLLER).run(f"gleaner engine {action} --config {file}")
+    return done.rc, f"{done.stderr}{done.stdout}"
 
 
-@pytest.mark.parametrize(
-    "change",
-    ["", "s/^LLAMA_CPP_JOBS=.*/LLAMA_CPP_JOBS=1/", "s/^LLAMA_CPP_SOURCE_URL=.*/LLAMA_CPP_SOURCE_URL=https:mirror/"],
-    ids=["nothing", "jobs", "mirror"],
-)
-def test_the_published_engine_is_the_configured_one(change: str) -> None:
-    assert checked(change)
+def checked(**changes: Any) -> int:
+    """What `check` says of the real configuration with these changes."""
+    value = json.loads(run(CONTROLLER, f"cat {CONFIG}"))
+    put(f"{PLACE}/edited.json", json.dumps({**value, **changes}))
+    code, said = engine("check", f"{PLACE}/edited.json")
+    assert code in (DONE, TO_DO), said
+    return code
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        "s/^LLAMA_CPP_VERSION=.*/LLAMA_CPP_VERSION=another/",
-        "s/^LLAMA_CPP_BACKEND=.*/LLAMA_CPP_BACKEND=another/",
-        "s/^LLAMA_CPP_SOURCE_SHA256=.*/LLAMA_CPP_SOURCE_SHA256=another/",
-        "s/^LLAMA_CPP_CPU_LEVEL=.*/LLAMA_CPP_CPU_LEVEL=x86-64-v4/",
-        "s/^LLAMA_CPP_TARGETS=.*/LLAMA_CPP_TARGETS=llama-server/",
-        "s/^LLAMA_CPP_CXX=.*/LLAMA_CPP_CXX=cpp/",
-        "s/-DGGML_OPENMP=ON/-DGGML_OPENMP=OFF/",
-        "s/-DGGML_OPENMP=ON/-DGGML_OPENMP=ON -DANOTHER=ON/",
-    ],
-    ids=["version", "backend", "source", "cpu-level", "targets", "compiler", "option", "more-options"],
-)
-def test_another_configuration_wants_another_engine(change: str) -> None:
-    assert not checked(change)
+def real(key: str) -> Any:
+    return json.loads(run(CONTROLLER, f"cat {CONFIG}"))[key]
+
+
+def test_the_published_engine_is_the_configured_one() -> None:
+    assert checked() == DONE
+    assert checked(jobs=1) == DONE
+    assert checked(source={**real("source"), "url": "https://mirror/x"}) == DONE
+
+
+def test_another_configuration_wants_another_engine() -> None:
+    options = real("cmake_options")
+    for changes in (
+        {"version": "another"},
+        {"backend": "another"},
+        {"source": {**real("source"), "sha256": "another"}},
+        {"cpu_level": "x86-64-v4"},
+        {"targets": ["llama-server"]},
+        {"cxx": "cpp"},
+        {"cmake_options": [option.replace("OPENMP=ON", "OPENMP=OFF") for option in options]},
+        {"cmake_options": [*options, "-DANOTHER=ON"]},
+    ):
+        assert checked(**changes) == TO_DO, changes
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -108,16 +117,20 @@ def compiler_is(version: str) -> None:
     put(f"{PLACE}/compiler-version", f"c++ {version}\n")
 
 
-def build(answer: int = 1, **changes: str) -> tuple[str, bool]:
+def build(answer: int = 1, **changes: Any) -> tuple[str, bool]:
     """Build and publish: the folder of the build, and whether anything was compiled for it."""
-    settings = {**SETTINGS, "LLAMA_CPP_SOURCE_SHA256": run(CONTROLLER, f"sha256sum {PLACE}/source.tar").split()[0]}
+    source = {
+        "url": f"file://{PLACE}/source.tar",
+        "sha256": run(CONTROLLER, f"sha256sum {PLACE}/source.tar").split()[0],
+        "subdirectory": "tiny",
+    }
     options = ["-DCMAKE_BUILD_TYPE=Release", f"-DCMAKE_CXX_COMPILER={COMPILER}", f"-DANSWER={answer}"]
-    lines = [f"{name}='{value}'" for name, value in {**settings, **changes}.items()]
-    put(f"{PLACE}/config", "\n".join([*lines, f"set -- {' '.join(options)}", ""]))
-    wanted = cluster.host(CONTROLLER).run(f"{SCRIPT} check {PLACE}/config").rc != 0
-    said = run(CONTROLLER, f"{SCRIPT} build {PLACE}/config")
+    put(f"{PLACE}/config.json", json.dumps({**SETTINGS, "source": source, "cmake_options": options, **changes}))
+    wanted = engine("check", f"{PLACE}/config.json")[0] == TO_DO
+    code, said = engine("build", f"{PLACE}/config.json")
+    assert code == DONE, said
     assert said.splitlines()[-1].startswith(f"published: {PLACE}/root/.builds/"), said
-    assert cluster.host(CONTROLLER).run(f"{SCRIPT} check {PLACE}/config").rc == 0
+    assert engine("check", f"{PLACE}/config.json")[0] == DONE
     assert run(CONTROLLER, PUBLISHED) == str(answer)
     compiled = "Building CXX object" in said
     assert wanted or not compiled
@@ -132,7 +145,7 @@ def test_it_is_compiled_once_and_again_for_each_other_configuration() -> None:
     assert run(CONTROLLER, f"stat --dereference --format=%i {PUBLISHED}") == inode
 
     builds = {first}
-    for what, answer, changes in (("options", 2, {}), ("version", 1, {"LLAMA_CPP_VERSION": "2"})):
+    for what, answer, changes in (("options", 2, {}), ("version", 1, {"version": "2"})):
         folder, compiled = build(answer, **changes)
         assert compiled, what
         assert folder not in builds, what
@@ -153,11 +166,11 @@ def test_it_is_compiled_once_and_again_for_each_other_configuration() -> None:
 def test_a_source_that_is_not_the_ordered_one_publishes_nothing() -> None:
     build()
     before = run(CONTROLLER, f"find {PLACE}/root -printf '%p %i %l\\n' | sort")
-    put(
-        f"{PLACE}/wrong",
-        run(CONTROLLER, f"sed 's/^LLAMA_CPP_SOURCE_SHA256=.*/LLAMA_CPP_SOURCE_SHA256=0/' {PLACE}/config") + "\n",
-    )
-    refused = cluster.host(CONTROLLER).run(f"{SCRIPT} build {PLACE}/wrong")
-    assert refused.rc == 1
-    assert "llama_cpp_source.sha256: got" in refused.stderr
+    value = json.loads(run(CONTROLLER, f"cat {PLACE}/config.json"))
+    # Another build, so that it is wanted.
+    wrong = {**value, "version": "3", "source": {**value["source"], "sha256": "0" * 64}}
+    put(f"{PLACE}/wrong.json", json.dumps(wrong))
+    code, said = engine("build", f"{PLACE}/wrong.json")
+    assert code == FAILED
+    assert "llama_cpp_source.sha256: got" in said
     assert run(CONTROLLER, f"find {PLACE}/root -printf '%p %i %l\\n' | sort") == before
