@@ -4,12 +4,14 @@
     python -m benchmarks.truth judge FOLDER RESULTS    what its programs said there, against the plan
 
 The cases are those of `benchmarks.sizing` that need no model of the lab and no GPU: layers on the device that the log
-names, and memory as `llama-fit-params` tells it. The second command exits with 1 when anything differs.
+names, and memory as `llama-fit-params` tells it. The second command exits with 1 when a plan would be too small, or
+wrong; one that is too cautious for the build wastes memory, which is told.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import shutil
 import sys
@@ -22,10 +24,14 @@ from benchmarks.sizing import Case, Result
 SHOWN = 10
 
 
-def wanted(folder: Path, quick: bool) -> Sequence[Case]:
+@functools.cache
+def wanted(folder: Path, quick: bool) -> tuple[Case, ...]:
     """The same cases each time, with the files that they need in the folder."""
     splits, told, _ = sizing.cases(folder, quick=quick, models=())
-    return [*splits, *told]
+    return (*splits, *told)
+
+
+facts_of = functools.cache(sizing.facts_of)
 
 
 def prepare(folder: Path, engine: str, quick: bool) -> None:
@@ -41,7 +47,7 @@ def judge(folder: Path, lines: Sequence[str], quick: bool) -> Result:
     answers = {found["id"]: found for found in map(json.loads, lines)}
     if sorted(answers) != list(range(len(cases))):
         raise ValueError(f"{len(answers)} of {len(cases)} cases were run; the build's log on its host says why")
-    known = {name: sizing.facts_of(folder, name) for name in {case.model for case in cases}}
+    known = {name: facts_of(folder, name) for name in {case.model for case in cases}}
     for index, case in enumerate(cases):
         sizing.compare(case, known[case.model], answers[index], result)
     return result
@@ -66,10 +72,14 @@ def main() -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    for line in result.differences[:SHOWN]:
+    dangerous = [line for kind, lines in result.wrong.items() if kind != "cautious" for line in lines]
+    for line in dangerous[:SHOWN]:
         print(line, file=sys.stderr)
-    print(f"{result.splits} splits and {result.kv} contexts compared, {len(result.differences)} differences")
-    return int(bool(result.differences))
+    print(f"{result.splits} splits and {result.kv} contexts compared, {len(dangerous)} plans wrong or too small")
+    if cautious := result.wrong["cautious"]:
+        most = max(result.compute)
+        print(f"{len(cautious)} compute buffers planned too large, those of a MiB and more by up to {most:.2f} times")
+    return int(bool(dangerous))
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ def right_answers(folder: Path) -> list[dict[str, Any]]:
     """What a build says of which the planner is right."""
     said = []
     for index, case in enumerate(truth.wanted(folder, quick=True)):
-        facts = sizing.facts_of(folder, case.model)
+        facts = truth.facts_of(folder, case.model)
         uses = case.planned(facts)
         names = [*(f"rpc{number}" for number in range(len(case.shares))), "cpu"]
         parts = [(use.weights / sizing.MIB, use.kv / sizing.MIB, use.compute / sizing.MIB) for use in uses]
@@ -60,6 +60,20 @@ def test_a_build_of_which_the_planner_is_right_passes(folder: Path) -> None:
     assert result.differences == []
     assert result.splits > 20
     assert result.kv > 20
+
+
+def test_a_build_that_takes_less_is_told_of_and_passes(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    answers = right_answers(folder)
+    for one in answers:
+        one["buffers"]["compute"] = {name: mib / 2 for name, mib in one["buffers"]["compute"].items()}
+        one["breakdown"] = [[weights, kv, compute // 2] for weights, kv, compute in one["breakdown"]]
+    results = folder / "cautious.jsonl"
+    results.write_text("\n".join(lines(answers)))
+    monkeypatch.setattr(sys, "argv", ["truth", "--quick", "judge", str(folder), str(results)])
+    assert truth.main() == 0
+    assert "planned too large, those of a MiB and more by up to 2.0" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("what", ["layers", "compute", "kv", "weights"])
