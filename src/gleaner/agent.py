@@ -211,17 +211,18 @@ class Errand:
         return not self._thread.is_alive()
 
 
-@dataclass
 class Preparation:
-    """What is done on a node before its program starts."""
+    """What is done on a node before its program starts; done when its errand is."""
 
-    task: Task
-    problem: str = "what a program needs was not looked at to the end: the log above says why"
-    """Why the program cannot be started here; empty when all was found well."""
-    cached: bool = False
-    """Whether a worker's cache can be used."""
+    def __init__(self, task: Task) -> None:
+        self.task = task
+        # Why the program cannot be started here; empty when all was found well.
+        self.problem = "what a program needs was not looked at to the end: the log above says why"
+        # Whether a worker's cache can be used.
+        self.cached = False
+        self.errand = Errand(self._work)
 
-    def work(self) -> None:
+    def _work(self) -> None:
         task = self.task
         try:
             verify_engine(task.engine)
@@ -444,7 +445,6 @@ class Agent:
         self.rotate_at = 0.0
         self.rotator: int | None = None
         self.preparation: Preparation | None = None
-        self.errand: Errand | None = None
         self.beat_at = 0.0
         self.measured_at = 0.0
         self.memory = (0, 0)
@@ -505,7 +505,6 @@ class Agent:
         self.task, self.health, self.busy = task, "down", None
         self.health_at, self.idle_answers = 0.0, 0
         self.preparation = Preparation(task)
-        self.errand = Errand(self.preparation.work)
 
     def _launch(self, preparation: Preparation) -> None:
         task, self.preparation = preparation.task, None
@@ -592,7 +591,7 @@ class Agent:
             self.channel.send({"reached": self.reach.start})
             self.reach = None
         process, task = self.process, self.task
-        if self.preparation is not None and self.errand is not None and self.errand.done:
+        if self.preparation is not None and self.preparation.errand.done:
             self._launch(self.preparation)
         if process is None or task is None or process.asked_to_stop:
             return

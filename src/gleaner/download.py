@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-CHUNK = 4 << 20
+from gleaner import files
+
 PROGRESS_SECONDS = 5.0
 NETWORK_SECONDS = 60.0
 ATTEMPTS = 5
@@ -59,16 +60,6 @@ class Progress:
         else:
             share = f"{done / GIB:.1f} GiB"
         print(f"{self._name} {share}", flush=True)
-
-
-def hash_file(path: Path, progress: Progress) -> str:
-    digest, done = hashlib.sha256(), 0
-    with path.open("rb") as stream:
-        while data := stream.read(CHUNK):
-            digest.update(data)
-            done += len(data)
-            progress.show(done)
-    return digest.hexdigest()
 
 
 def require_space(name: str, folder: Path, wanted: int) -> None:
@@ -116,7 +107,7 @@ def fetch(source: Source, part: Path) -> str:
         except urllib.error.HTTPError as error:
             if error.code == http.client.REQUESTED_RANGE_NOT_SATISFIABLE:
                 # The part is as long as the source, or longer: the hash decides, or it starts anew.
-                digest = hash_file(part, Progress(source.name, None))
+                digest = files.hash_file(part, Progress(source.name, None).show)
                 if digest == source.sha256:
                     return digest
                 part.unlink()
@@ -145,13 +136,13 @@ def _fetch_once(source: Source, part: Path) -> str:
         target.truncate(start)
         progress = Progress(source.name, total)
         digest, done = hashlib.sha256(), 0
-        while done < start and (data := target.read(min(CHUNK, start - done))):
+        while done < start and (data := target.read(min(files.CHUNK, start - done))):
             digest.update(data)
             done += len(data)
             progress.show(done)
         target.seek(start)
         most = source.size_bytes or total
-        while data := stream.read(CHUNK):
+        while data := stream.read(files.CHUNK):
             if most is None:
                 # Nobody knows how much comes: the disk is others', too.
                 require_space(source.name, part.parent, len(data))

@@ -11,7 +11,6 @@ switched by rename: a server that runs from an older build keeps its files.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import stat
@@ -23,7 +22,6 @@ from typing import Any
 from gleaner import files
 
 MANIFEST = "manifest.json"
-CHUNK = 4 << 20
 # With --limit the host that builds may be left out.
 CURE = "run playbooks/engine.yml without --limit"
 
@@ -78,15 +76,12 @@ def _inside(name: str) -> bool:
 def sums(prefix: Path) -> dict[str, str]:
     """Sum of every file in the folders of a build."""
     found = sorted(path for path in prefix.glob("*/**/*") if path.is_file())
-    return {str(path.relative_to(prefix)): hash_file(path) for path in found}
+    return {str(path.relative_to(prefix)): files.hash_file(path) for path in found}
 
 
-def hash_file(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while data := stream.read(CHUNK):
-            digest.update(data)
-    return digest.hexdigest()
+def of_job(logs: Path, job: object) -> str:
+    """Name of the build that a job runs, from the link that it leaves beside its logs; OSError when it leaves none."""
+    return Path(os.readlink(logs / str(job) / "engine")).name
 
 
 def verify(prefix: Path, memory: Path | None = None) -> str:
@@ -103,7 +98,7 @@ def verify(prefix: Path, memory: Path | None = None) -> str:
         try:
             mark = _mark(path)
             before = known.get(str(path))
-            got = before[1] if isinstance(before, list) and before[:1] == [mark] else hash_file(path)
+            got = before[1] if isinstance(before, list) and before[:1] == [mark] else files.hash_file(path)
         except OSError as error:
             raise EngineError(f"{path}: cannot be read on {os.uname().nodename} ({error.strerror}): {CURE}") from None
         if got != wanted:

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gleaner import cuda, download, engine_history, files
+from gleaner import cuda, download, engine, engine_history, files
 from gleaner.engine import EngineError, Manifest, sums, verify
 
 CONFIG = Path("/etc/gleaner/engine.json")
@@ -157,7 +157,7 @@ def surplus(config: Config) -> list[Path]:
     states = "--states=RUNNING,SUSPENDED,STOPPED,COMPLETING"
     try:
         done = subprocess.run([*argv, states], capture_output=True, text=True, timeout=SQUEUE_SECONDS, check=True)
-        spared |= {Path(os.readlink(config.job_logs / job / "engine")).name for job in done.stdout.split()}
+        spared |= {engine.of_job(config.job_logs, job) for job in done.stdout.split()}
     except (OSError, subprocess.SubprocessError):
         return []
     there = [path for path in config.builds.glob("[!.]*") if path.is_dir()]

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import re
 import socket
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 JSON_LIMIT = 1 << 20
+CHUNK = 4 << 20
 # What llama-server demands of whoever asks it. On a node it is the service user's, on the controller root's.
 SERVER_KEY = Path("/etc/gleaner/server.key")
 KEY_LIMIT = 1024
@@ -48,6 +51,17 @@ def read_bounded(path: Path, limit: int) -> bytes:
     if len(data) > limit:
         raise ValueError(f"{path}: longer than {limit} bytes")
     return data
+
+
+def hash_file(path: Path, told: Callable[[int], object] = lambda _: None) -> str:
+    """The file's sha256; `told` is called with the bytes read so far."""
+    digest, done = hashlib.sha256(), 0
+    with path.open("rb") as stream:
+        while data := stream.read(CHUNK):
+            digest.update(data)
+            done += len(data)
+            told(done)
+    return digest.hexdigest()
 
 
 def load_config(path: Path) -> dict[str, Any]:

@@ -217,6 +217,11 @@ def mismatches(
     node: str, declared: Sequence[Declared], there: Sequence[Found], numa: Mapping[str, int | None]
 ) -> list[str]:
     """Where the inventory does not say what the node has; each with the line to write instead."""
+    if not there:
+        return [
+            f"hostvars[{node}].gpus: got {len(declared)} GPU(s), the driver on {node} has none: "
+            "look at `dmesg` and the power cables, or declare gpus: []"
+        ]
     real = []
     for gpu, want in itertools.zip_longest(there, declared[: len(there)]):
         place = numa.get(gpu.pci_bus_id)
@@ -228,11 +233,6 @@ def mismatches(
             # What the planner does not know by name, it cannot mistake for another.
             model = model_of(gpu.name)
         real.append(Declared(model, gpu.memory_mib, place, used))
-    if not there:
-        return [
-            f"hostvars[{node}].gpus: got {len(declared)} GPU(s), the driver on {node} has none: "
-            "look at `dmesg` and the power cables, or declare gpus: []"
-        ]
     wrong = [] if len(there) == len(declared) else [f"{len(declared)} GPU(s), {node} has {len(there)}"]
     for index, (want, have) in enumerate(zip(declared, real)):
         where = f"gpus[{index}] ({there[index].pci_bus_id})"
@@ -288,13 +288,12 @@ def _too_old(node: str, version: str) -> str:
     )
 
 
-def foreign(node: str, there: Sequence[Process], known: set[int]) -> list[str]:
-    """Processes on GPUs that belong to no job of Slurm: they take memory that plans count on."""
+def foreign(node: str, there: Sequence[Process]) -> list[str]:
+    """What is wrong with processes on GPUs that belong to no job: they take memory that plans count on."""
     return [
         f"GPU {process.pci_bus_id} of {node} is held by pid {process.pid} ({process.name}), which is no job of Slurm: "
         "end it, or have its owner run it as a job"
         for process in there
-        if process.pid not in known
     ]
 
 
@@ -333,7 +332,7 @@ def wait_until_usable(smi: str, node: str, environment: Mapping[str, str], count
     places = {gpu.pci_bus_id for gpu in ours}
     deadline = time.monotonic() + LINGER_SECONDS
     while not shared and (
-        held := foreign(node, [process for process in processes(smi) if process.pci_bus_id in places], set())
+        held := foreign(node, [process for process in processes(smi) if process.pci_bus_id in places])
     ):
         if time.monotonic() >= deadline:
             raise GpuError("; ".join(held))
@@ -362,20 +361,23 @@ def check(node: str, declared: Sequence[Declared], smi: str, sysfs: Path, module
 
 def strangers(node: str, smi: str) -> list[str]:
     """Processes on GPUs that are no job's, seen twice: one may begin or end while it is looked for."""
-    before: set[int] = set()
-    for look in (1, 2):
-        there = processes(smi)
-        # Asked afterwards, so that a job that began meanwhile is known.
-        known = job_processes() if there else set()
-        if known is None:
-            print(f"{node}: Slurm cannot be asked whose processes are on its GPUs: `scontrol listpids`")
-            return []
-        alien = [process for process in there if process.pid not in known and (look == 1 or process.pid in before)]
-        if not alien:
-            return []
-        before = {process.pid for process in alien}
-        time.sleep(AGAIN_SECONDS if look == 1 else 0)
-    return foreign(node, alien, set())
+    there = _of_no_job(node, smi)
+    if there:
+        time.sleep(AGAIN_SECONDS)
+        before = {process.pid for process in there}
+        there = [process for process in _of_no_job(node, smi) if process.pid in before]
+    return foreign(node, there)
+
+
+def _of_no_job(node: str, smi: str) -> list[Process]:
+    """What is on the GPUs and no job's; nothing, and a word about it, where Slurm cannot be asked."""
+    there = processes(smi)
+    # Asked afterwards, so that a job that began meanwhile is known.
+    known = job_processes() if there else set()
+    if known is None:
+        print(f"{node}: Slurm cannot be asked whose processes are on its GPUs: `scontrol listpids`")
+        return []
+    return [process for process in there if process.pid not in known]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -6,15 +6,15 @@ Asked through the gateway, as a client asks: a completion of a few tokens from e
 from __future__ import annotations
 
 import argparse
+import contextlib
 import http.client
 import json
-import os
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from gleaner import keeper, status, upstream
+from gleaner import engine, keeper, status, upstream
 from gleaner.states import Tier
 
 POLL_SECONDS = 1.0
@@ -32,14 +32,6 @@ class Watched:
     name: str
     port: int
     told: str = ""
-
-
-def build_of(logs: Path, job: object) -> str:
-    """Which build the job says that it runs; empty when it does not say."""
-    try:
-        return Path(os.readlink(logs / str(job) / "engine")).name
-    except OSError:
-        return ""
 
 
 def completion(host: str, port: int, model: str) -> str:
@@ -66,7 +58,11 @@ def completion(host: str, port: int, model: str) -> str:
 
 def look(watched: Watched, line: dict[str, object], host: str, logs: Path, build: str) -> tuple[str, bool]:
     """What a tier is doing, and whether that is its answer with the build; an answer that is wrong is told as one."""
-    runs = build_of(logs, line["job"]) if line["job"] else ""
+    runs = ""
+    if line["job"]:
+        # One that has not come so far says nothing yet.
+        with contextlib.suppress(OSError):
+            runs = engine.of_job(logs, line["job"])
     if line["state"] != Tier.SERVING.value or runs != build:
         more = line["reason"] or line["why"] or (f"with {runs}" if runs and runs != build else "")
         return f"{line['state']}{f' ({more})' if more else ''}", False

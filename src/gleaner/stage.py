@@ -3,9 +3,9 @@
 A model is the file `NAME.gguf`, or, where it is split, the folder `NAME` with its parts as llama.cpp calls them. Either
 becomes visible in one step.
 
-Work files live in `.staging/` of the same folder: `NAME.part` is on its way in, `NAME.doubt` was visible and has to be
-read, `NAME.gone` is on its way out. `.staging/verified.json` remembers what was hashed, so that 45 GB are read once and
-not at every run, and what we brought ourselves, which alone is ours to remove.
+Work files live in `.staging/` of the same folder: `NAME.SUM.part` is on its way in, `NAME.doubt` was visible and has to
+be read, `NAME.gone` is on its way out. `.staging/verified.json` remembers what was hashed, so that 45 GB are read once
+and not at every run, and what we brought ourselves, which alone is ours to remove.
 
 What another node of the site has already comes from there (`gleaner.lend`), before its source is asked.
 
@@ -363,7 +363,7 @@ def sum_on_disk(model: Model, path: Path) -> str:
         return ""
     places = [path / name for name in model.files] if model.split else [path]
     return model_files.sum_of(
-        [download.hash_file(file, download.Progress(file.stem, file.stat().st_size)) for file in places]
+        [files.hash_file(file, download.Progress(file.stem, file.stat().st_size).show) for file in places]
     )
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from gleaner import engine, engine_build
+from gleaner import engine, engine_build, files
 from gleaner.engine_build import EXIT_FAILED, EXIT_REFUSED, EXIT_TO_DO
 
 PROGRAMS = {
@@ -354,13 +354,13 @@ def test_what_was_read_before_is_read_again_only_when_it_changed(
     site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     build, memory, read = site.build(), tmp_path / "memory", list[Path]()
-    hash_file = engine.hash_file
+    hash_file = files.hash_file
 
     def look(path: Path) -> str:
         read.append(path)
         return hash_file(path)
 
-    monkeypatch.setattr(engine, "hash_file", look)
+    monkeypatch.setattr(files, "hash_file", look)
     program = build / "bin" / "llama-server"
     key = engine.verify(build, memory)
     assert engine.verify(build, memory) == key

@@ -136,6 +136,12 @@ def test_a_model_comes_from_the_neighbour_though_its_source_is_away(
     assert f"comes from {neighbour.url[7:]}" in capsys.readouterr().out
 
 
+def stage_from_source(store: Store) -> None:  # noqa: F811  # no fixture here
+    """Whatever a neighbour does, the model comes whole."""
+    assert store.run("stage", store.entry()) == 0
+    assert (store.models / "one.gguf").read_bytes() == DATA
+
+
 def test_a_neighbour_that_breaks_off_is_followed_by_the_source(
     neighbour: Neighbour,
     store: Store,  # noqa: F811
@@ -145,8 +151,7 @@ def test_a_neighbour_that_breaks_off_is_followed_by_the_source(
     store.lenders = [neighbour.url]
     monkeypatch.setattr(download, "ATTEMPTS", 1)
     monkeypatch.setattr(socket.socket, "sendfile", lambda *_: (_ for _ in ()).throw(BrokenPipeError("cut")))
-    assert store.run("stage", store.entry()) == 0
-    assert (store.models / "one.gguf").read_bytes() == DATA
+    stage_from_source(store)
     assert "going on elsewhere" in capsys.readouterr().out
 
 
@@ -160,8 +165,7 @@ def test_a_neighbour_that_lies_is_not_believed(
     wrong = neighbour.store.root / "wrong.bin"
     wrong.write_bytes(DATA[::-1])
     monkeypatch.setattr(lend, "file_of", lambda *_: wrong)
-    assert store.run("stage", store.entry()) == 0
-    assert (store.models / "one.gguf").read_bytes() == DATA
+    stage_from_source(store)
     assert "sent another content" in capsys.readouterr().out
 
 

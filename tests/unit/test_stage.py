@@ -149,7 +149,7 @@ def test_staged_verified_and_not_read_again(
     assert [facts for _, facts in checked] == [{"n_layer": 4}]
     assert checked[0][0].parent.name == ".staging", "checked after it was visible"
     assert store.run("check", store.entry()) == 0
-    monkeypatch.setattr(download, "hash_file", lambda *_: pytest.fail("read again"))
+    monkeypatch.setattr(files, "hash_file", lambda *_: pytest.fail("read again"))
     monkeypatch.setattr(download, "fetch", lambda *_: pytest.fail("fetched again"))
     assert store.run("stage", store.entry()) == 0
 
@@ -240,13 +240,13 @@ def test_file_is_not_visible_while_it_is_read(store: Store, monkeypatch: pytest.
     assert store.run("stage", store.entry()) == 0
     os.utime(store.models / "one.gguf")
     seen: list[list[str]] = []
-    hash_file = download.hash_file
+    hash_file = files.hash_file
 
     def look(*arguments: Any) -> str:
         seen.append(store.visible)
         return hash_file(*arguments)
 
-    monkeypatch.setattr(download, "hash_file", look)
+    monkeypatch.setattr(files, "hash_file", look)
     monkeypatch.setattr(download, "fetch", lambda *_: pytest.fail("fetched"))
     assert store.run("stage", store.entry()) == 0
     assert (seen, store.visible) == ([[]], ["one.gguf"])
@@ -261,7 +261,7 @@ def test_interrupted_reading_is_taken_up_again(store: Store, monkeypatch: pytest
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(download, "hash_file", interrupt)
+        patch.setattr(files, "hash_file", interrupt)
         with pytest.raises(KeyboardInterrupt):
             store.run("stage", store.entry())
     assert store.visible == []
@@ -679,7 +679,7 @@ def test_doubtful_model_is_let_go_while_it_is_read(
         seen.append(sorted(router.states))
         return SHA
 
-    monkeypatch.setattr(download, "hash_file", look)
+    monkeypatch.setattr(files, "hash_file", look)
     assert store.run("stage", store.entry(), store.entry("two")) == 0
     assert seen == [["one"]]
     assert sorted(router.states) == ["one", "two"]
@@ -800,35 +800,33 @@ def test_what_began_wrong_is_begun_anew_before_anybody_is_blamed(
     assert "beginning anew" in capsys.readouterr().out
 
 
-def test_a_source_that_sends_too_much_is_cut_off(
-    store: Store, source: Source, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.fixture
+def lengthless(source: Source, monkeypatch: pytest.MonkeyPatch) -> Source:
+    """A source that does not say how much it sends."""
     opened = download.opened
 
     @contextlib.contextmanager
-    def lengthless(*arguments: Any) -> Iterator[Any]:
+    def without_length(*arguments: Any) -> Iterator[Any]:
         with opened(*arguments) as (stream, start, _):
             yield stream, start, None
 
-    monkeypatch.setattr(download, "opened", lengthless)
-    assert store.run("stage", store.entry(source=source.url, size_bytes=1000)) == stage.EXIT_FAILED
+    monkeypatch.setattr(download, "opened", without_length)
+    return source
+
+
+def test_a_source_that_sends_too_much_is_cut_off(
+    store: Store, lengthless: Source, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert store.run("stage", store.entry(source=lengthless.url, size_bytes=1000)) == stage.EXIT_FAILED
     assert "sends more than 1000 bytes" in capsys.readouterr().err
     assert store.visible == []
 
 
 def test_room_is_looked_for_while_nobody_knows_how_much_comes(
-    store: Store, source: Source, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    store: Store, lengthless: Source, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    opened = download.opened
-
-    @contextlib.contextmanager
-    def lengthless(*arguments: Any) -> Iterator[Any]:
-        with opened(*arguments) as (stream, start, _):
-            yield stream, start, None
-
-    monkeypatch.setattr(download, "opened", lengthless)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=download.SPARE_BYTES + 1000))
-    assert store.run("stage", store.entry(source=source.url)) == stage.EXIT_FAILED
+    assert store.run("stage", store.entry(source=lengthless.url)) == stage.EXIT_FAILED
     assert "bytes free" in capsys.readouterr().err
 
 
@@ -838,7 +836,7 @@ def test_what_an_earlier_version_remembered_is_not_read_again(store: Store, monk
     (mark,) = json.loads(path.read_text())["one"]["files"].values()
     old = {"sha256": SHA, "staged": True, **dict(zip(("size", "mtime_ns", "inode"), mark))}
     path.write_text(json.dumps({"one": old}))
-    monkeypatch.setattr(download, "hash_file", lambda *_: pytest.fail("read again"))
+    monkeypatch.setattr(files, "hash_file", lambda *_: pytest.fail("read again"))
     assert store.run("check", store.entry()) == 0
     assert store.run("stage", store.entry()) == 0
     assert store.run("stage") == 0
