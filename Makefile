@@ -76,7 +76,7 @@ bench-preemption: .venv/ready $(VAULT) sources
 # The production engine, CUDA for SM70, built and looked into: a quarter of an hour on two processors, minutes from the
 # compiler cache. Writes docs/cuda-proof.json.
 test-cuda: .venv/ready $(VAULT) sources
-	GLEANER_LAB_ID=6 tools/cuda_proof
+	GLEANER_LAB_ID=6 tools/with_lab --bare tools/cuda_proof
 
 # A search for GGUF headers that break what is claimed of all, written into docs/fuzzing.md.
 SECONDS ?= 600

@@ -37,6 +37,16 @@ class Run:
         return re.sub(r"\s+", " ", self.output)
 
 
+def surroundings(cwd: Path = ROOT) -> dict[str, str]:
+    """The environment of a playbook: the checkout's own configuration, and none of whatever runs the tests."""
+    return {
+        **{name: value for name, value in os.environ.items() if not name.startswith(("ANSIBLE_", "MOLECULE_"))},
+        "ANSIBLE_CONFIG": str(cwd / "ansible.cfg"),
+        "ANSIBLE_NOCOLOR": "1",
+        "LC_ALL": "C.UTF-8",
+    }
+
+
 def playbook(
     name: str, *arguments: str, lab: str = LAB_ID, cwd: Path = ROOT, timeout: int = 600, **environment: str
 ) -> Run:
@@ -44,14 +54,7 @@ def playbook(
     done = subprocess.run(
         [str(Path(sys.executable).with_name("ansible-playbook")), "-i", "inventories/lab", name, *arguments],
         cwd=cwd,
-        env={
-            **{name: value for name, value in os.environ.items() if not name.startswith(("ANSIBLE_", "MOLECULE_"))},
-            "ANSIBLE_CONFIG": str(cwd / "ansible.cfg"),
-            "ANSIBLE_NOCOLOR": "1",
-            "GLEANER_LAB_ID": lab,
-            "LC_ALL": "C.UTF-8",
-            **environment,
-        },
+        env={**surroundings(cwd), "GLEANER_LAB_ID": lab, **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         stdin=subprocess.DEVNULL,

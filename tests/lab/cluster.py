@@ -24,6 +24,7 @@ from tests.lab.ansible import LAB_ID, ROOT
 CONTROLLER = "slurm-ctl"
 NODES = ("vasp-01", "vasp-02", "vasp-03")
 HOSTS = (CONTROLLER, *NODES)
+SSH_CONFIG = str(ROOT / f".lab/ssh_config-{LAB_ID}")
 OCTETS = dict(zip(HOSTS, range(10, 14)))
 
 # The tier reasoning of inventories/lab.
@@ -58,16 +59,13 @@ def rpc_address(name: str) -> str:
 @cache
 def host(name: str) -> Host:
     """A host of the lab, over ssh as its administrator."""
-    return testinfra.get_host(
-        f"ssh://{name}", ssh_config=str(ROOT / f".lab/ssh_config-{LAB_ID}"), controlpath="~/.ansible/cp/gleaner-%%C"
-    )
+    return testinfra.get_host(f"ssh://{name}", ssh_config=SSH_CONFIG, controlpath="~/.ansible/cp/gleaner-%%C")
 
 
 def forget(name: str) -> None:
     """End the ssh connection that is kept open to a host, which is to be another machine."""
-    config = str(ROOT / f".lab/ssh_config-{LAB_ID}")
     subprocess.run(
-        ["ssh", "-F", config, "-o", "ControlPath=~/.ansible/cp/gleaner-%C", "-O", "exit", name],
+        ["ssh", "-F", SSH_CONFIG, "-o", "ControlPath=~/.ansible/cp/gleaner-%C", "-O", "exit", name],
         check=False,
         capture_output=True,
     )
@@ -82,9 +80,13 @@ def run(name: str, command: str) -> str:
 
 def bring(name: str, file: Path, path: str) -> None:
     """Copy a file of this machine to a host."""
-    config = str(ROOT / f".lab/ssh_config-{LAB_ID}")
     with file.open("rb") as stream:
-        subprocess.run(["ssh", "-F", config, name, f"cat >{shlex.quote(path)}"], stdin=stream, check=True)
+        subprocess.run(["ssh", "-F", SSH_CONFIG, name, f"cat >{shlex.quote(path)}"], stdin=stream, check=True)
+
+
+def put(name: str, path: str, text: str) -> None:
+    """Write a file on a host, with a line's end after it."""
+    run(name, f"cat > {path} <<'EOF'\n{text}\nEOF")
 
 
 def wait_until(what: str, claim: Callable[[], T | None], seconds: float = BACK_SECONDS, every: float = 0.25) -> T:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -11,7 +10,8 @@ from pathlib import Path
 
 import yaml
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.lab.ansible import ROOT, surroundings
+
 PLUGINS = "tests/render"
 INVENTORY = "inventories/beefcake2"
 CONTROLLER, NODES = "slurm-ctl", ("vasp-01", "vasp-02", "vasp-03")
@@ -65,15 +65,12 @@ def render(folder: Path, **variables: object) -> Rendered:
         ],
         cwd=ROOT,
         env={
-            **{name: value for name, value in os.environ.items() if not name.startswith(("ANSIBLE_", "MOLECULE_"))},
-            "ANSIBLE_CONFIG": str(ROOT / "ansible.cfg"),
+            **surroundings(),
             "ANSIBLE_STRATEGY": "render",
             "ANSIBLE_STRATEGY_PLUGINS": f"{PLUGINS}/strategy_plugins",
             "ANSIBLE_ACTION_PLUGINS": f"action_plugins:{PLUGINS}/action_plugins",
-            "ANSIBLE_NOCOLOR": "1",
             "GLEANER_RENDER_TO": str(folder),
             "GLEANER_RENDER_INDEX": str(index),
-            "LC_ALL": "C.UTF-8",
         },
         stdin=subprocess.DEVNULL,
         capture_output=True,

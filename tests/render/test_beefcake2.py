@@ -16,7 +16,8 @@ import pytest
 import yaml
 
 from gleaner import engine_build, stage
-from tests.render.beefcake2 import CONTROLLER, INVENTORY, NODES, ROOT, Rendered
+from tests.lab.ansible import ROOT
+from tests.render.beefcake2 import CONTROLLER, INVENTORY, NODES, Rendered
 
 SHARED = "/cluster/shared"
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from gleaner import engine_build
+from tests.lab.ansible import ROOT
 from tests.render import beefcake2
 from tools import cuda_proof
 
@@ -64,4 +65,4 @@ def test_the_proof_holds_nothing_of_the_machine() -> None:
 
 
 def test_document_is_where_the_tool_writes_it() -> None:
-    assert Path("docs/cuda-proof.json") == cuda_proof.DOCUMENT.relative_to(beefcake2.ROOT)
+    assert Path("docs/cuda-proof.json") == cuda_proof.DOCUMENT.relative_to(ROOT)

@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 
 from tests.lab import cluster
-from tests.lab.ansible import LAB_ID, ROOT
 from tests.lab.cluster import CONTROLLER, SERVICE_USER
 from tests.render import beefcake2
 
@@ -27,10 +26,10 @@ UNITS = {
 
 
 def bring(rendered: beefcake2.Rendered, host: str) -> None:
-    ssh = f"ssh -F .lab/ssh_config-{LAB_ID} {host}"
+    ssh = f"ssh -F {shlex.quote(cluster.SSH_CONFIG)} {host}"
     unpack = f"rm -rf {PLACE} && mkdir {PLACE} && tar --extract --no-same-owner --file=- --directory={PLACE}"
     pack = f"tar --create --file=- --directory={shlex.quote(str(rendered.folder / host))} ."
-    subprocess.run(f"{pack} | {ssh} {shlex.quote(unpack)}", shell=True, cwd=ROOT, check=True)
+    subprocess.run(f"{pack} | {ssh} {shlex.quote(unpack)}", shell=True, check=True)
 
 
 @pytest.fixture(scope="module", autouse=True)

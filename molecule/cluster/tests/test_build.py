@@ -56,10 +56,6 @@ SETTINGS: dict[str, Any] = {
 PUBLISHED = f"{PLACE}/root/current/bin/llama-server"
 
 
-def put(path: str, text: str) -> None:
-    run(CONTROLLER, f"cat > {path} <<'EOF'\n{text}\nEOF")
-
-
 def engine(action: str, file: str) -> tuple[int, str]:
     """Run `gleaner engine` with a configuration: its exit code, and what it said."""
     done = cluster.host(CONTROLLER).run(f"gleaner engine {action} --config {file}")
@@ -69,7 +65,7 @@ def engine(action: str, file: str) -> tuple[int, str]:
 def checked(**changes: Any) -> int:
     """What `check` says of the real configuration with these changes."""
     value = json.loads(run(CONTROLLER, f"cat {CONFIG}"))
-    put(f"{PLACE}/edited.json", json.dumps({**value, **changes}))
+    cluster.put(CONTROLLER, f"{PLACE}/edited.json", json.dumps({**value, **changes}))
     code, said = engine("check", f"{PLACE}/edited.json")
     assert code in (DONE, TO_DO), said
     return code
@@ -103,10 +99,10 @@ def test_another_configuration_wants_another_engine() -> None:
 @pytest.fixture(scope="module", autouse=True)
 def _place() -> Iterator[None]:
     run(CONTROLLER, f"rm -rf {PLACE} && mkdir -p {PLACE}/tiny")
-    put(f"{PLACE}/tiny/CMakeLists.txt", CMAKE)
-    put(f"{PLACE}/tiny/main.cpp", PROGRAM)
+    cluster.put(CONTROLLER, f"{PLACE}/tiny/CMakeLists.txt", CMAKE)
+    cluster.put(CONTROLLER, f"{PLACE}/tiny/main.cpp", PROGRAM)
     run(CONTROLLER, f"tar --create --file={PLACE}/source.tar --directory={PLACE} tiny")
-    put(COMPILER, WRAPPER)
+    cluster.put(CONTROLLER, COMPILER, WRAPPER)
     run(CONTROLLER, f"chmod 0755 {COMPILER}")
     compiler_is("1")
     yield
@@ -114,7 +110,7 @@ def _place() -> Iterator[None]:
 
 
 def compiler_is(version: str) -> None:
-    put(f"{PLACE}/compiler-version", f"c++ {version}\n")
+    cluster.put(CONTROLLER, f"{PLACE}/compiler-version", f"c++ {version}\n")
 
 
 def build(answer: int = 1, **changes: Any) -> tuple[str, bool]:
@@ -125,7 +121,11 @@ def build(answer: int = 1, **changes: Any) -> tuple[str, bool]:
         "subdirectory": "tiny",
     }
     options = ["-DCMAKE_BUILD_TYPE=Release", f"-DCMAKE_CXX_COMPILER={COMPILER}", f"-DANSWER={answer}"]
-    put(f"{PLACE}/config.json", json.dumps({**SETTINGS, "source": source, "cmake_options": options, **changes}))
+    cluster.put(
+        CONTROLLER,
+        f"{PLACE}/config.json",
+        json.dumps({**SETTINGS, "source": source, "cmake_options": options, **changes}),
+    )
     wanted = engine("check", f"{PLACE}/config.json")[0] == TO_DO
     code, said = engine("build", f"{PLACE}/config.json")
     assert code == DONE, said
@@ -169,7 +169,7 @@ def test_a_source_that_is_not_the_ordered_one_publishes_nothing() -> None:
     value = json.loads(run(CONTROLLER, f"cat {PLACE}/config.json"))
     # Another build, so that it is wanted.
     wrong = {**value, "version": "3", "source": {**value["source"], "sha256": "0" * 64}}
-    put(f"{PLACE}/wrong.json", json.dumps(wrong))
+    cluster.put(CONTROLLER, f"{PLACE}/wrong.json", json.dumps(wrong))
     code, said = engine("build", f"{PLACE}/wrong.json")
     assert code == FAILED
     assert "llama_cpp_source.sha256: got" in said

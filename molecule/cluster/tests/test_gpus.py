@@ -26,15 +26,11 @@ def gpu(process: dict[str, Any] | None = None, **changes: Any) -> Iterator[None]
     state = json.loads(before)
     state["gpus"][0].update(changes)
     state["processes"] = [process] if process else []
-    put(json.dumps(state))
+    cluster.put(TIER_NODE, STATE, json.dumps(state))
     try:
         yield
     finally:
-        put(before)
-
-
-def put(text: str) -> None:
-    run(TIER_NODE, f"cat >{STATE} <<'EOF'\n{text}\nEOF")
+        cluster.put(TIER_NODE, STATE, before)
 
 
 def provision() -> Run:
