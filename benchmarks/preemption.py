@@ -461,7 +461,8 @@ class Claim:
 
     def row(self) -> tuple[str, ...]:
         middle = f"{statistics.median(self.values):.2f}" if self.values else "-"
-        worst = f"{max(self.values, key=abs):.2f}" if self.values else "-"
+        # Of what may lie on both sides of its aim, the one that is farthest away.
+        worst = f"{max(self.values, key=abs if ' to ' in self.bar else None):.2f}" if self.values else "-"
         verdict = "" if self.met is None else "met" if self.met else "missed"
         return self.name, str(len(self.values)), middle, worst, self.bar, verdict
 
