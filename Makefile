@@ -21,7 +21,7 @@ OWN_LAB := env --unset=GLEANER_LAB_ID
 STAYS := the packages apt-cacher-ng, mmdebstrap, systemd-container, iproute2, debian-archive-keyring and openssh-client
 
 .PHONY: help up down distclean sources test lint unit lab-tests bench bench-preemption fuzz test-cuda
-.PHONY: test-full full-machine full-lab full-older full-timed
+.PHONY: test-full full-machine full-lab full-older full-cuda full-timed
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
@@ -102,7 +102,10 @@ full-older: full-lab
 	GLEANER_LAB_ID=5 GLEANER_LAB_SUITE=bookworm PYTHONPATH=src tools/with_lab $(BIN)/python -m pytest -v \
 		molecule/preemption tests/full/lab/test_preemption_faults.py
 
-full-timed: test full-older
+full-cuda: full-older
+	$(MAKE) test-cuda
+
+full-timed: test full-cuda
 	$(OWN_LAB) $(BIN)/python -m benchmarks.bring_up --rounds 1 --make-up
 
 .venv/ready: requirements.txt constraints.txt tools/bootstrap
