@@ -1,4 +1,4 @@
-"""What a CUDA toolkit can compile, and what its compiler has put into a program.
+"""What a CUDA toolkit brings to a host, what it can compile, and what its compiler has put into a program.
 
 The device code of a program is a set of images. A real architecture (`70-real`) gives one of machine code for each
 source file, a virtual one PTX that the driver compiles when the program starts, and a plain number both.
@@ -20,6 +20,8 @@ from gleaner.engine import EngineError
 ASK_SECONDS = 120.0
 _ARCHITECTURE = re.compile(r"(\d+)[af]?(-real|-virtual)?")
 _IMAGE = re.compile(r"^(ELF|PTX) file\s+\d+:\s+\S+\.sm_(\d+)[af]?\.(?:cubin|ptx)$")
+# Without PTX it says `cuobjdump info    : No PTX file found to extract from …`, which is no image.
+_NAMES_IMAGE = re.compile(r"^(?:ELF|PTX) file\b")
 _FUNCTION = re.compile(r"^\s*Function : (\S+)$")
 _INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P[T0-9]+\s+)?([A-Z][A-Z0-9_]*(?:\.[A-Za-z0-9_]+)*)")
 _FLASH_ATTENTION = "flash_attn"
@@ -32,6 +34,14 @@ _RETURNS = "EXIT"
 # Products of matrices, by tensor cores or without.
 _TENSOR_CORES = re.compile(r"[HIDB]MMA\b")
 _COMPUTES = re.compile(r"(?:[HIDB]MMA|H(?:ADD|MUL|FMA)2|F(?:ADD|MUL|FMA)|D(?:ADD|MUL|FMA)|MUFU)\b")
+# `Inst name[:arch] [version that is there] (version that comes source …)`, and `Remv name [version that is there]`.
+_STEP = re.compile(r"^(Inst|Remv|Purg) ([^\s:]+)\S*(?: \[([^]]*)\])?(?: \((\S+))?", re.MULTILINE)
+# Debian names parts of the toolkit after NVIDIA, too.
+_DRIVER = re.compile(r".*nvidia|libcuda1\b|libcudadebugger1\b|libnvcuvid1\b|libnvoptix1\b|cuda-drivers\b")
+_TOOLKIT = re.compile(r"nvidia-(?:cuda-(?!mps\b)|profiler\b|visual-profiler\b)|.*-(?:dev|doc)$")
+# Packages that bring a kernel module or stand for a whole driver; the others may be there without any.
+_WHOLE_DRIVER = {"dkms", "driver", "drivers", "kernel", "modules", "open"}
+_GONE = ("not-installed", "config-files")
 
 
 @dataclass(frozen=True)
@@ -104,6 +114,40 @@ class Toolkit:
             )
 
 
+def driver_changes(simulated: str, packages: str, loaded: bool) -> list[str]:
+    """What an installation would do to a host's NVIDIA driver, in words such as ``remove nvidia-driver 550.163.01-2``.
+
+    `simulated` is what `apt-get --simulate` prints, `packages` lines of dpkg's ``status name``; `loaded`: the driver's
+    kernel module is. What is there and would be another is told of in any case, what is new only where it would come
+    beneath a driver. ValueError when dpkg's lines are others.
+    """
+    there = {name for status, name in map(_status, packages.splitlines()) if status not in _GONE}
+    whole = loaded or any(_of_driver(name) and _WHOLE_DRIVER & set(name.split("-")) for name in there)
+    words = []
+    for step, name, before, after in _STEP.findall(simulated):
+        if not _of_driver(name):
+            continue
+        if step != "Inst":
+            words.append(f"remove {name} {before}")
+        elif before and before != after:
+            words.append(f"change {name} from {before} to {after}")
+        elif whole and not before:
+            words.append(f"install {name} {after}")
+    # What is there for two architectures is told of once.
+    return list(dict.fromkeys(words))
+
+
+def _status(line: str) -> tuple[str, str]:
+    words = line.split()
+    if len(words) != 2:
+        raise ValueError(f"packages: got the line {line!r}, want dpkg's status and name of a package")
+    return words[0], words[1]
+
+
+def _of_driver(package: str) -> bool:
+    return bool(_DRIVER.match(package)) and not _TOOLKIT.match(package)
+
+
 def images(cuobjdump: str, program: Path) -> dict[str, dict[str, int]]:
     """How many images of machine code (`sm`) and PTX (`compute`) a program has, by architecture."""
     found: dict[str, dict[str, int]] = {"sm": {}, "compute": {}}
@@ -112,6 +156,11 @@ def images(cuobjdump: str, program: Path) -> dict[str, dict[str, int]]:
             if match := _IMAGE.match(line.strip()):
                 kind = found["sm" if match[1] == "ELF" else "compute"]
                 kind[match[2]] = kind.get(match[2], 0) + 1
+            elif _NAMES_IMAGE.match(line.strip()):
+                raise EngineError(
+                    f"{cuobjdump} {option} {program}: cannot read the line {line.strip()!r}: "
+                    "want `ELF file N: name.N.sm_70.cubin` or its like with PTX; was its format changed?"
+                )
     return found
 
 

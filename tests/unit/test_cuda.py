@@ -11,6 +11,7 @@ from gleaner import cuda
 from gleaner.cuda import Toolkit
 from gleaner.engine import EngineError
 
+APT = Path(__file__).with_name("apt")
 VERSION = "nvcc: NVIDIA (R) Cuda compiler driver\nCuda compilation tools, release {0}, V{0}.131\n"
 STUB = """\t\tFunction : _Z18flash_attn_ext_f16ILi128EEvPKc
         /*0000*/                   IMAD.MOV.U32 R1, RZ, RZ, c[0x0][0x28] ;   /* 0x00000a00ff017624 */
@@ -159,3 +160,111 @@ def test_an_image_that_was_not_ordered_is_named(tools: Tools, elf: str, ptx: str
     with pytest.raises(EngineError) as caught:
         tools.prove()
     assert said in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "line", ["ELF file    4: x.4.sm_70.o", "ELF file: x.sm_80.cubin", "PTX file    1: x.1.compute_70"]
+)
+def test_an_image_that_cannot_be_read_is_not_passed_over(tools: Tools, line: str) -> None:
+    if line.startswith("ELF"):
+        tools.elf += f"{line}\n"
+    else:
+        tools.ptx += f"{line}\n"
+    with pytest.raises(EngineError) as caught:
+        tools.prove()
+    assert f"cannot read the line '{line}'" in str(caught.value)
+
+
+def test_what_a_toolkit_says_of_a_program_without_ptx_is_no_image(tools: Tools) -> None:
+    tools.ptx = "cuobjdump info    : No PTX file found to extract from 'llama-server'. You may try with -all option.\n"
+    assert tools.prove()["images"] == {"sm": {"70": 3}, "compute": {}}
+
+
+# What Debian's toolkit would do to a driver; the files are written in the form of Debian 13's apt.
+
+DEBIANS = "installed bash\ninstalled nvidia-driver\ninstalled nvidia-kernel-dkms\ninstalled libcuda1\n"
+NVIDIAS = "installed bash\ninstalled cuda-drivers\nhalf-configured nvidia-open\n"
+LIBRARIES = "installed bash\ninstalled libcuda1\ninstalled libnvidia-ml1\ninstalled nvidia-alternative\n"
+GONE = "config-files nvidia-kernel-dkms\nnot-installed nvidia-driver\n"
+NEW = [
+    "install nvidia-installer-cleanup 20240109+1",
+    "install glx-alternative-nvidia 1.2.2",
+    "install nvidia-legacy-check 550.163.01-2",
+    "install nvidia-alternative 550.163.01-2",
+    "install nvidia-support 20240109+1",
+    "install libnvidia-ptxjitcompiler1 550.163.01-2",
+    "install libnvidia-pkcs11-openssl3 550.163.01-2",
+    "install libcuda1 550.163.01-2",
+    "install libnvidia-ml1 550.163.01-2",
+]
+
+
+@pytest.mark.parametrize(
+    ("file", "packages", "loaded", "changes"),
+    [
+        ("nothing_touched", DEBIANS, True, []),
+        ("driver_new", "installed bash\n", False, []),
+        # The toolkit's own dependencies, of a run that was interrupted.
+        ("driver_new", LIBRARIES, False, []),
+        ("driver_new", GONE, False, []),
+        ("driver_new", "installed bash\n", True, NEW),
+        ("driver_new", NVIDIAS, False, NEW),
+        (
+            "driver_removed",
+            NVIDIAS,
+            False,
+            [
+                "remove cuda-drivers 580.95.05-1",
+                "remove nvidia-driver-cuda 580.95.05-1",
+                "remove nvidia-kernel-dkms 580.95.05-1",
+            ],
+        ),
+    ],
+    ids=["untouched", "new", "resumed", "purged", "new beneath a loaded one", "new beside NVIDIA's", "removed"],
+)
+def test_what_apt_would_do_to_the_driver(file: str, packages: str, loaded: bool, changes: list[str]) -> None:
+    assert cuda.driver_changes((APT / f"{file}.txt").read_text(), packages, loaded) == changes
+
+
+@pytest.mark.parametrize(("packages", "loaded"), [(DEBIANS, True), (DEBIANS, False), (LIBRARIES, False)])
+def test_a_driver_that_apt_would_upgrade_is_told_of_loaded_or_not(packages: str, loaded: bool) -> None:
+    changes = cuda.driver_changes((APT / "driver_upgraded.txt").read_text(), packages, loaded)
+    there = [change for change in changes if change.startswith("change ")]
+    assert len(there) == 10
+    assert "change nvidia-kernel-dkms from 535.247.01-1~deb12u1 to 550.163.01-2" in there
+    assert [change for change in changes if change not in there] == (
+        ["install libnvidia-pkcs11-openssl3 550.163.01-2"] if packages == DEBIANS else []
+    )
+
+
+def test_a_package_that_is_unpacked_again_is_not_changed() -> None:
+    again = "Inst libcuda1 [550.163.01-2] (550.163.01-2 Debian:13.1/stable [amd64])\n"
+    assert cuda.driver_changes(again, DEBIANS, loaded=True) == []
+
+
+@pytest.mark.parametrize(
+    ("package", "told"),
+    [
+        ("nvidia-cuda-mps", True),
+        ("nvidia-tesla-535-kernel-dkms", True),
+        ("libnvidia-compute-550", True),
+        ("linux-modules-nvidia-550-server-6.8.0-49-generic", True),
+        ("xserver-xorg-video-nvidia", True),
+        ("firmware-nvidia-gsp", True),
+        ("libcuda1-i386", True),
+        ("nvidia-cuda-dev", False),
+        ("nvidia-cuda-toolkit-doc", False),
+        ("nvidia-visual-profiler", False),
+        ("libnvidia-ml-dev", False),
+        ("libcudart12", False),
+        ("libnvrtc12", False),
+    ],
+)
+def test_driver_and_toolkit_are_told_apart(package: str, told: bool) -> None:
+    text = f"Inst {package} (1 Debian:13.1/stable [amd64])\n"
+    assert (cuda.driver_changes(text, "", loaded=True) == [f"install {package} 1"]) is told
+
+
+def test_lines_that_are_not_dpkgs_are_refused() -> None:
+    with pytest.raises(ValueError, match="packages: got the line 'no packages found', want dpkg's status and name"):
+        cuda.driver_changes("", "no packages found", loaded=False)

@@ -12,42 +12,91 @@ import pytest
 
 from gleaner import gpus
 
+FAILED = (
+    "NVIDIA-SMI has failed because it couldn't communicate with the NVIDIA driver. "
+    "Make sure that the latest NVIDIA driver is installed and running."
+)
 V100S = ["0", "Tesla V100S-PCIE-32GB", "32768", "00000000:3B:00.0", "550.163.01", "7.0", "0", "No"]
 DECLARED = gpus.Declared("v100s", 32768, 1)
 
 
 class Node:
-    """A stand-in for `nvidia-smi` with its answers, a sysfs, and the driver's own file."""
+    """Stand-ins for `nvidia-smi`, `modinfo` and `scontrol` with their answers, a sysfs, and a folder as /proc."""
 
     def __init__(self, root: Path) -> None:
-        self.root, self.smi = root, root / "nvidia-smi"
-        self.smi.write_text(f"#!/bin/sh\ncase $1 in\n*query-gpu=*) cat {root}/gpus;;\n*) cat {root}/apps;;\nesac\n")
-        self.smi.chmod(0o755)
-        self.module = root / "version"
-        self.module.write_text("NVRM version: NVIDIA UNIX x86_64 Kernel Module  550.163.01  Tue Apr  8\n")
-        (root / "scontrol").write_text("#!/bin/sh\nprintf 'PID JOBID STEPID LOCALID GLOBALID\\n41 7 batch 0 0\\n'\n")
-        (root / "scontrol").chmod(0o755)
+        self.root, self.smi, self.proc = root, root / "nvidia-smi", root / "proc"
+        asked = f"*query-gpu=*) cat {root}/gpus; exit $(cat {root}/code);;\n*) cat {root}/apps;;"
+        self.program("nvidia-smi", f"case $1 in\n{asked}\nesac")
+        self.program("scontrol", "printf 'PID JOBID STEPID LOCALID GLOBALID\\n41 7 batch 0 0\\n'")
+        self.loaded("NVIDIA UNIX x86_64 Kernel Module  550.163.01  Tue Apr  8 12:41:17 UTC 2025")
+        self.installed()
+        self.runs(900, "slurmd")
         self.answers(V100S)
         self.apps()
         self.numa("0000:3b:00.0", 1)
         self.numa("0000:d8:00.0", 0)
 
+    def program(self, name: str, text: str) -> None:
+        (self.root / name).write_text(f"#!/bin/sh\n{text}\n")
+        (self.root / name).chmod(0o755)
+
     def answers(self, *rows: list[str]) -> None:
-        (self.root / "gpus").write_text("".join(", ".join(row) + "\n" for row in rows) or "No devices were found\n")
+        self.says("".join(", ".join(row) + "\n" for row in rows) or "No devices were found\n", 0 if rows else 6)
+
+    def says(self, text: str, code: int) -> None:
+        (self.root / "gpus").write_text(text)
+        (self.root / "code").write_text(f"{code}\n")
 
     def apps(self, *rows: str) -> None:
         (self.root / "apps").write_text("".join(f"{row}\n" for row in rows))
 
+    def loaded(self, module: str) -> None:
+        """What the kernel says of the driver's module; nothing when none is loaded."""
+        file = self.proc / "driver/nvidia/version"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.unlink(missing_ok=True)
+        if module:
+            file.write_text(f"NVRM version: {module}\nGCC version:  gcc version 14.2.0 (Debian 14.2.0-19)\n")
+
+    def installed(self, version: str = "", licence: str = "", name: str = "nvidia-current") -> None:
+        """A module that `modinfo` knows, by Debian's name for it."""
+        asked = f"'-F version {name}') echo {version};;\n'-F license {name}') echo '{licence}'"
+        self.program(
+            "modinfo",
+            f"case $* in\n{asked if version else 'nothing) :'};;\n"
+            '*) echo "modinfo: ERROR: Module $3 not found." >&2; exit 1;;\nesac',
+        )
+
+    def runs(self, pid: int, name: str) -> None:
+        (self.proc / str(pid)).mkdir(parents=True, exist_ok=True)
+        (self.proc / str(pid) / "comm").write_text(f"{name}\n")
+
     def numa(self, bus_id: str, node: int) -> None:
+        self._device(bus_id, numa_node=str(node))
+
+    def card(self, bus_id: str, device: str, kind: str = "0x030200") -> None:
+        """A device of NVIDIA on the PCI bus."""
+        self._device(bus_id, **{"vendor": "0x10de", "device": device, "class": kind})
+
+    def bridge(self) -> None:
+        """What any machine has on its PCI bus."""
+        self._device("0000:00:00.0", **{"vendor": "0x8086", "device": "0x2020", "class": "0x060000"})
+
+    def _device(self, bus_id: str, **files: str) -> None:
         place = self.root / "sys/bus/pci/devices" / bus_id
         place.mkdir(parents=True, exist_ok=True)
-        (place / "numa_node").write_text(f"{node}\n")
+        for name, text in files.items():
+            (place / name).write_text(f"{text}\n")
+
+    def numa_nodes(self, *nodes: int) -> None:
+        for node in nodes:
+            (self.root / f"sys/devices/system/node/node{node}").mkdir(parents=True)
 
     def check(self, *declared: gpus.Declared) -> int:
         parser = argparse.ArgumentParser()
         gpus.add_arguments(parser)
         text = json.dumps([gpu.__dict__ for gpu in declared])
-        where = ["--smi", str(self.smi), "--sysfs", str(self.root / "sys"), "--module", str(self.module)]
+        where = ["--smi", str(self.smi), "--sysfs", str(self.root / "sys"), "--proc", str(self.proc)]
         return gpus.run(parser.parse_args(["check", text, "--node", "vasp-01", *where]))
 
 
@@ -98,9 +147,29 @@ def test_a_mismatch_prints_the_line_to_write(
 
 @pytest.mark.parametrize("numa", [-1, None], ids=["no NUMA", "not told"])
 def test_a_machine_that_does_not_tell_its_numa_node_is_believed_what_is_declared(node: Node, numa: int | None) -> None:
+    untold(node, numa)
+    assert node.check(DECLARED) == 0
+    node.numa_nodes(0, 1)
+    assert node.check(DECLARED) == 0
+
+
+def untold(node: Node, numa: int | None) -> None:
     place = node.root / "sys/bus/pci/devices/0000:3b:00.0/numa_node"
     place.unlink() if numa is None else place.write_text(f"{numa}\n")
-    assert node.check(DECLARED) == 0
+
+
+@pytest.mark.parametrize("numa", [-1, None], ids=["no NUMA", "not told"])
+@pytest.mark.parametrize(("nodes", "has"), [((0,), "node0"), ((0, 2, 10), "node0, node2, node10")])
+def test_a_numa_node_that_the_machine_does_not_have_is_not_believed(
+    node: Node, numa: int | None, nodes: tuple[int, ...], has: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    untold(node, numa)
+    node.numa_nodes(*nodes)
+    assert node.check(DECLARED) == gpus.EXIT_FAILED
+    assert (
+        f"got gpus[0] (0000:3b:00.0): numa_node 1, vasp-01 has {has}: "
+        "write gpus: [{model: v100s, memory_mib: 32768, numa_node: 0}]"
+    ) in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -108,10 +177,9 @@ def test_a_machine_that_does_not_tell_its_numa_node_is_believed_what_is_declared
     [
         (changed(errors="3"), "3 uncorrected ECC error(s)"),
         (changed(pending="Yes"), "pages of its memory wait to be retired"),
-        (changed(driver="590.48.01"), "driver of vasp-01: got 590.48.01, want branch 580 or older"),
         (changed(driver="515.105.01"), "driver of vasp-01: got 515.105.01, want branch 525 or later"),
     ],
-    ids=["ECC", "pending", "too new", "too old"],
+    ids=["ECC", "pending", "too old"],
 )
 def test_a_fault_is_told_with_its_cure(
     node: Node, row: list[str], said: str, capsys: pytest.CaptureFixture[str]
@@ -194,33 +262,169 @@ def test_a_gpu_that_others_may_use_has_no_strangers(node: Node, capsys: pytest.C
     assert "numa_node: 1, memory_used_mib: 2048}]" in capsys.readouterr().err
 
 
-def test_a_slurm_that_cannot_be_asked_is_told(node: Node, capsys: pytest.CaptureFixture[str]) -> None:
-    node.apps("00000000:3B:00.0, 42, python3")
-    (node.root / "scontrol").write_text("#!/bin/sh\nexit 1\n")
+def test_what_is_not_compared_stays_in_the_line(node: Node, capsys: pytest.CaptureFixture[str]) -> None:
+    node.answers(changed(memory="16384"))
+    declared = gpus.Declared("v100s", 32768, 1, cores="0-19", device="/dev/nvidia0")
+    assert node.check(declared) == gpus.EXIT_FAILED
+    assert 'memory_mib: 16384, numa_node: 1, cores: "0-19", device: /dev/nvidia0}]' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["slurmd", "slurmstepd"])
+@pytest.mark.parametrize("asked", ["exit 1", None], ids=["fails", "not there"])
+def test_a_slurm_that_cannot_be_asked_is_refused(
+    node: Node, name: str, asked: str | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    node.runs(900, name)
+    node.answers(changed(errors="3"))
+    node.apps("00000000:3B:00.0, 42, python3", "00000000:3B:00.0, 43, vasp_gpu")
+    node.program("scontrol", asked) if asked else (node.root / "scontrol").unlink()
+    assert node.check(DECLARED) == gpus.EXIT_FAILED
+    said = capsys.readouterr().err
+    assert "vasp-01: Slurm cannot be asked whose processes are on its GPUs (pid 42, 43)" in said
+    assert "start slurmd, and run again" in said
+    assert "3 uncorrected ECC error(s)" in said
+
+
+def test_a_slurm_that_cannot_be_asked_is_none_of_our_business_while_nobody_has_the_gpus(node: Node) -> None:
+    node.program("scontrol", "exit 1")
     assert node.check(DECLARED) == 0
-    assert "Slurm cannot be asked whose processes" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("asked", ["exit 1", None], ids=["fails", "not there"])
+def test_where_no_slurm_runs_no_process_is_a_job(
+    node: Node, asked: str | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    node.runs(900, "sshd")
+    node.apps("00000000:3B:00.0, 42, python3")
+    node.program("scontrol", asked) if asked else (node.root / "scontrol").unlink()
+    assert node.check(DECLARED) == gpus.EXIT_FAILED
+    assert "held by pid 42 (python3), which is no job of Slurm" in capsys.readouterr().err
 
 
 def test_a_driver_that_is_too_old_to_be_asked_is_named(node: Node, capsys: pytest.CaptureFixture[str]) -> None:
-    node.smi.write_text(
-        "#!/bin/sh\ncase $1 in *compute_cap*) echo 'Field \"compute_cap\" is not a valid field to query.'; exit 2;;\n"
-        "*) echo 470.256.02;; esac\n"
+    node.program(
+        "nvidia-smi",
+        "case $1 in *compute_cap*) echo 'Field \"compute_cap\" is not a valid field to query.'; exit 2;;\n"
+        "*) echo 470.256.02;; esac",
     )
     assert node.check(DECLARED) == gpus.EXIT_FAILED
     assert "got 470.256.02, want branch 525 or later" in capsys.readouterr().err
 
 
+def test_a_field_that_a_young_driver_does_not_know_is_told(node: Node, capsys: pytest.CaptureFixture[str]) -> None:
+    node.program(
+        "nvidia-smi",
+        "case $1 in *pages*) echo 'Field \"retired_pages.pending\" is not a valid field to query.'; exit 2;;\n"
+        "*) echo 610.43.02;; esac",
+    )
+    assert node.check(DECLARED) == gpus.EXIT_FAILED
+    said = capsys.readouterr().err
+    assert said.endswith('ended with 2: Field "retired_pages.pending" is not a valid field to query.\n')
+
+
 def test_no_gpu_at_all_is_told(node: Node, capsys: pytest.CaptureFixture[str]) -> None:
     node.answers()
     assert node.check(DECLARED) == gpus.EXIT_FAILED
-    assert "got 1 GPU(s), the driver on vasp-01 has none" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "got 1 GPU(s), the driver on vasp-01 has none: look at `dmesg` and the power cables" in said
 
 
-def test_the_open_kernel_module_is_named_as_the_reason(node: Node, capsys: pytest.CaptureFixture[str]) -> None:
+# A driver that does not serve what is there: nvidia-smi does not say so
+
+OPEN = "NVIDIA UNIX Open Kernel Module for x86_64  580.65.06  Release Build  (root@vasp-01)"
+VOLTA_CURE = "install the proprietary flavour of branch 580 or older; Gleaner changes no driver"
+
+
+def refusal(node: Node, capsys: pytest.CaptureFixture[str], *declared: gpus.Declared) -> str:
+    """The one thing that is wrong with the node."""
+    assert node.check(*declared or (DECLARED,)) == gpus.EXIT_FAILED
+    (line,) = capsys.readouterr().err.splitlines()
+    return line
+
+
+def test_a_branch_that_ignores_volta_is_named_as_the_reason(node: Node, capsys: pytest.CaptureFixture[str]) -> None:
+    node.says(FAILED, 9)
+    node.loaded("")
+    node.installed("590.48.01", "NVIDIA")
+    assert refusal(node, capsys) == (
+        "error: driver of vasp-01: got 590.48.01, proprietary, not loaded: branches after 580 serve no Volta "
+        f"({node.smi} ended with 9: {FAILED}): {VOLTA_CURE}"
+    )
+
+
+@pytest.mark.parametrize("name", ["nvidia", "nvidia-current-open"])
+def test_the_open_flavour_is_named_as_the_reason(node: Node, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    node.says(FAILED, 9)
+    node.loaded("")
+    node.installed("580.65.06", "Dual MIT/GPL", name)
+    said = refusal(node, capsys)
+    assert "driver of vasp-01: got 580.65.06, open, not loaded: the open flavour serves no Volta (" in said
+    assert said.endswith(VOLTA_CURE)
+
+
+def test_the_open_flavour_that_finds_no_device_is_named_as_the_reason(
+    node: Node, capsys: pytest.CaptureFixture[str]
+) -> None:
     node.answers()
-    node.module.write_text("NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.65.06\n")
-    assert node.check(DECLARED) == gpus.EXIT_FAILED
-    assert "the open kernel module is loaded, which serves no Volta" in capsys.readouterr().err
+    node.loaded(OPEN)
+    assert refusal(node, capsys) == (
+        "error: driver of vasp-01: got 580.65.06, open, loaded: the open flavour serves no Volta "
+        f"(nvidia-smi lists 0 of 1 GPU(s)): {VOLTA_CURE}"
+    )
+
+
+def test_a_node_without_a_driver_is_told_which_to_install(node: Node, capsys: pytest.CaptureFixture[str]) -> None:
+    node.says(FAILED, 9)
+    node.loaded("")
+    said = refusal(node, capsys)
+    assert "driver of vasp-01: got no kernel module for Linux " in said
+    assert "install a driver and load it, for Volta the proprietary flavour of branch 580 or older" in said
+
+
+@pytest.mark.parametrize(
+    ("module", "got", "cure"),
+    [
+        ("", "got 550.163.01, proprietary, not loaded (", "load it with `modprobe nvidia`"),
+        ("NVIDIA UNIX x86_64 Kernel Module  550.163.01", "got 550.163.01, proprietary, loaded (", "`dmesg` says why"),
+    ],
+    ids=["not loaded", "loaded"],
+)
+def test_a_driver_that_serves_volta_is_not_the_reason(
+    node: Node, module: str, got: str, cure: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    node.says("Failed to initialize NVML: Driver/library version mismatch", 18)
+    node.loaded(module)
+    if not module:
+        node.installed("550.163.01", "NVIDIA")
+    said = refusal(node, capsys)
+    assert got in said
+    assert "ended with 18: Failed to initialize NVML" in said
+    assert cure in said
+
+
+def test_volta_beside_a_younger_card_is_missed(node: Node, capsys: pytest.CaptureFixture[str]) -> None:
+    both = (gpus.Declared("a100", 40960, 1), gpus.Declared("v100s", 32768, 0))
+    node.answers(changed(name="NVIDIA A100-PCIE-40GB", memory="40960", driver="590.48.01", capability="8.0"))
+    node.loaded("NVIDIA UNIX x86_64 Kernel Module  590.48.01")
+    assert "branches after 580 serve no Volta (nvidia-smi lists 1 of 2 GPU(s))" in refusal(node, capsys, *both)
+    node.card("0000:3b:00.0", "0x20f1")
+    node.card("0000:d8:00.0", "0x1df6")
+    assert "branches after 580 serve no Volta (nvidia-smi lists 1 of 2 GPU(s))" in refusal(node, capsys, *both)
+
+
+def test_the_pci_bus_knows_better_than_the_inventory_what_is_there(
+    node: Node, capsys: pytest.CaptureFixture[str]
+) -> None:
+    node.says(FAILED, 9)
+    node.loaded("")
+    node.installed("590.48.01", "NVIDIA")
+    node.bridge()
+    node.card("0000:3b:00.1", "0x10fa", kind="0x040300")
+    assert "got 1 GPU(s), on the PCI bus of vasp-01 is none: look at the power cables" in refusal(node, capsys)
+    node.card("0000:3b:00.0", "0x20f1")
+    assert "load it with `modprobe nvidia`" in refusal(node, capsys)
+    node.card("0000:3b:00.0", "0x1db6")
+    assert "serve no Volta" in refusal(node, capsys, gpus.Declared("p100", 16384, 1))
 
 
 @pytest.mark.parametrize(("pid", "known"), [(41, True), (42, False)])
@@ -236,12 +440,6 @@ def test_a_missing_nvidia_smi_is_told(node: Node, capsys: pytest.CaptureFixture[
     node.smi.unlink()
     assert node.check(DECLARED) == gpus.EXIT_FAILED
     assert "install the NVIDIA driver, branch 580 or older" in capsys.readouterr().err
-
-
-def test_a_driver_that_does_not_answer_is_told(node: Node, capsys: pytest.CaptureFixture[str]) -> None:
-    node.smi.write_text("#!/bin/sh\necho 'NVIDIA-SMI has failed because it could not communicate'\nexit 9\n")
-    assert node.check(DECLARED) == gpus.EXIT_FAILED
-    assert "ended with 9: NVIDIA-SMI has failed" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[{}]", '[{"model": 1, "memory_mib": "x", "numa_node": 0}]'])

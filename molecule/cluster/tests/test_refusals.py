@@ -153,6 +153,29 @@ def test_a_host_that_does_not_see_the_shared_folder_is_refused_by_name() -> None
     assert set(refused.changed.values()) == {0}
 
 
+@contextmanager
+def processor_without(flag: str, name: str) -> Iterator[None]:
+    """A host whose processor cannot do what the flag of /proc/cpuinfo says."""
+    run(name, f"sed 's/ {flag}\\b//' /proc/cpuinfo >/run/cpuinfo && mount --bind /run/cpuinfo /proc/cpuinfo")
+    try:
+        yield
+    finally:
+        run(name, "umount /proc/cpuinfo && rm /run/cpuinfo")
+
+
+def test_a_processor_below_the_declared_level_is_refused_by_name() -> None:
+    with processor_without("avx2", "vasp-03"):
+        refused = playbook("playbooks/engine.yml", "--limit", "vasp-03")
+    assert refused.failed == {"vasp-03"}, refused.output
+    assert (
+        "llama_cpp_cpu_level = x86-64-v3; the processor of vasp-03 lacks avx2; "
+        "set llama_cpp_cpu_level to the level that every node has"
+    ) in refused.text
+    assert refused.changed == {"vasp-03": 0}
+    # On a host that has everything, later tasks would change nothing either.
+    assert "Install what compiles" not in refused.output
+
+
 def test_hosts_without_time_synchronisation_are_refused_by_name() -> None:
     refused = playbook("playbooks/cluster.yml", "--tags", "cluster_base", "-e", "cluster_time_source=ntp")
     assert refused.failed == set(cluster.HOSTS), refused.output
