@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import hashlib
 import json
 import shutil
 import sys
@@ -35,10 +36,13 @@ facts_of = functools.cache(sizing.facts_of)
 
 
 def prepare(folder: Path, engine: str, quick: bool) -> None:
-    """Leave in the folder what is to be brought to the host, as `sizing.FOLDER`."""
+    """Leave in the folder what is to be brought to the host, as `sizing.FOLDER`; prints what names these cases."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "task.json").write_bytes(sizing.task_of(engine, wanted(folder, quick)))
-    shutil.copy(Path(__file__).with_name("sizing_host.py"), folder)
+    task, program = sizing.task_of(engine, wanted(folder, quick)), Path(__file__).with_name("sizing_host.py")
+    (folder / "task.json").write_bytes(task)
+    shutil.copy(program, folder)
+    shapes = json.dumps([facts_of(folder, case.model) for case in wanted(folder, quick)])
+    print(hashlib.sha256(task + program.read_bytes() + shapes.encode()).hexdigest()[:12])
 
 
 def judge(folder: Path, lines: Sequence[str], quick: bool) -> Result:

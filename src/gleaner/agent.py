@@ -59,7 +59,8 @@ class Task:
     cache: dict[str, Any] | None
     confine: dict[str, Any] | None
     engine: dict[str, str]
-    """Folder of the build, its key as the supervisor read it, and the file that remembers what was verified here."""
+    """Folder of the build, the sum of its manifest as the supervisor sees it, and the file that remembers what was
+    verified here."""
     gpus: dict[str, Any]
     """How many GPUs the program gets (`count`; 0 where none is declared), and whether others use them (`shared`)."""
 
@@ -242,10 +243,10 @@ class Preparation:
 def verify_engine(wanted: dict[str, str]) -> None:
     """EngineError unless this node sees the very build that the supervisor sees, whole."""
     prefix, memory = Path(wanted["prefix"]), Path(wanted["memory"])
-    key = engine.verify(prefix, memory if wanted["memory"] and os.access(memory.parent, os.W_OK) else None)
-    if key != wanted["key"]:
+    engine.verify(prefix, memory if wanted["memory"] and os.access(memory.parent, os.W_OK) else None)
+    if (here := engine.identity(prefix)) != wanted["manifest"]:
         raise engine.EngineError(
-            f"{prefix}: this node sees build {key}, its supervisor {wanted['key']}: "
+            f"{prefix / engine.MANIFEST}: this node sees {here}, its supervisor {wanted['manifest']}: "
             "head and workers of different builds abort in the middle of an answer: run playbooks/engine.yml"
         )
 

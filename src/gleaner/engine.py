@@ -2,10 +2,10 @@
 
     <root>/.builds/<version>-<backend>-<key>/   one build, never changed once it has this name
     <root>/<version>-<backend>                  link to the newest build of that version
-    <root>/current                              link to the version in use
+    <root>/current                              link to the build in use
 
-The key is of everything that decides what comes out, so two builds of different inputs never share a folder. Links are
-switched by rename: a server that runs from an older build keeps its files.
+The key is of everything that decides what comes out, so two builds of different inputs never share a folder. Plans name
+the folder, not a link, so that a tier's nodes cannot be led to different ones.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import contextlib
 import json
 import os
 import stat
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -63,6 +64,11 @@ class Manifest:
             raise EngineError(f"{error}: {CURE}") from None
         return manifest
 
+    @property
+    def flash_attention(self) -> bool:
+        """Whether its kernels for flash attention compute; on a GPU they may be compiled out."""
+        return self.backend != "cuda" or "-DGGML_CUDA_FA=ON" in self.cmake_options
+
     def write(self, prefix: Path) -> None:
         value = {"v": 1, **self.__dict__, "cmake_options": list(self.cmake_options)}
         files.write_atomic(prefix / MANIFEST, (json.dumps(value, indent=2) + "\n").encode())
@@ -71,6 +77,22 @@ class Manifest:
 def _inside(name: str) -> bool:
     parts = Path(name).parts
     return len(parts) > 1 and ".." not in parts and parts[0] != "/"
+
+
+def switch(link: Path, target: str) -> None:
+    """Have the link lead to the target; a reader sees the old one or the new one."""
+    with tempfile.TemporaryDirectory(prefix=".switch-", dir=link.parent) as folder:
+        new = Path(folder, "link")
+        new.symlink_to(target)
+        new.replace(link)
+
+
+def identity(prefix: Path) -> str:
+    """Sum of the build's manifest, and so of each of its files: the same inputs, compiled twice, need not agree."""
+    try:
+        return files.hash_file(prefix / MANIFEST)
+    except OSError as error:
+        raise EngineError(f"{prefix / MANIFEST}: cannot be read ({error.strerror}): {CURE}") from None
 
 
 def sums(prefix: Path) -> dict[str, str]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import fcntl
 import hashlib
 import json
@@ -15,14 +16,14 @@ import re
 import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gleaner import cuda, download, engine, engine_history, files
-from gleaner.engine import EngineError, Manifest, sums, verify
+from gleaner import cuda, download, engine, engine_move, files
+from gleaner.engine import EngineError, Manifest, sums, switch, verify
+from gleaner.engine_history import History
 
 CONFIG = Path("/etc/gleaner/engine.json")
 
@@ -143,15 +144,17 @@ def published(config: Config, build: Path) -> bool:
         return False
     links = {config.root / config.name: f".builds/{build.name}"}
     if config.put_to_use:
-        links[config.root / "current"] = config.name
+        links[config.root / "current"] = f".builds/{build.name}"
     return all(link.is_symlink() and os.readlink(link) == target for link, target in links.items())
 
 
 def surplus(config: Config) -> list[Path]:
     """Builds that are there in vain: not among the newest, not linked as in use, not what a running job uses."""
-    current = (config.root / "current").resolve().name
+    current, history = (config.root / "current").resolve().name, History.load(config.root)
     # The way back is kept open.
-    spared = {current, engine_history.good_before(config.root, current)}
+    spared = {current, history.good_before(config.root, current)}
+    if history.move:
+        spared |= {history.move.origin, history.move.target}
     # A job may run a build of which only it knows; where Slurm or one of them does not say which, all stay.
     argv = ["squeue", "--noheader", f"--user={config.service_user}", "--format=%A"]
     states = "--states=RUNNING,SUSPENDED,STOPPED,COMPLETING"
@@ -166,12 +169,16 @@ def surplus(config: Config) -> list[Path]:
 
 
 def remove_surplus(config: Config) -> None:
+    """Remove them, and what an interrupted run was removing."""
+    for gone in config.builds.glob(".gone-*"):
+        shutil.rmtree(gone, ignore_errors=True)
     for build in surplus(config):
         for link in config.root.iterdir():
             # Of a version that only this build had.
             if link.is_symlink() and os.readlink(link) == f".builds/{build.name}":
                 link.unlink()
-        shutil.rmtree(build)
+        # Without its name first: half a build would be taken for one.
+        shutil.rmtree(build.rename(build.with_name(f".gone-{build.name}")), ignore_errors=True)
         print(f"removed: {build}", flush=True)
 
 
@@ -316,7 +323,10 @@ def require_libraries(prefix: Path, name: str) -> None:
 def make(config: Config, key: str, compiler: str, build: Path) -> None:
     """Compile, check, and put the build under its name."""
     with workplace(config, key) as work:
-        if not build.exists():
+        if not (build / engine.MANIFEST).is_file():
+            if build.exists():
+                # What was left of one that somebody was removing.
+                build.rename(build.with_name(f".gone-{build.name}"))
             if config.toolkit:
                 config.toolkit.require()
             programs = compile_all(config, work)
@@ -353,14 +363,6 @@ def sync(folder: Path) -> None:
             os.close(fd)
 
 
-def switch(link: Path, target: str) -> None:
-    """Have the link lead to the target; a reader sees the old one or the new one."""
-    with tempfile.TemporaryDirectory(prefix=".switch-", dir=link.parent) as folder:
-        new = Path(folder, "link")
-        new.symlink_to(target)
-        new.replace(link)
-
-
 def build_engine(config: Config) -> None:
     os.umask(0o022)
     config.builds.mkdir(parents=True, exist_ok=True)
@@ -368,16 +370,19 @@ def build_engine(config: Config) -> None:
     key = config.key(compiler)
     build = config.builds / f"{config.name}-{key}"
     if not published(config, build):
-        failure = engine_history.failure_of(config.root, build.name)
-        if failure and not config.retry:
+        history = History.load(config.root)
+        if (complaint := history.complaint(build.name)) and not config.retry:
             raise EngineError(
-                f"llama_cpp_version: got {config.version}, with which the tiers failed: {failure.why}; "
+                f"llama_cpp_version: got {config.version}, {complaint}; "
                 "cure: name another version, or -e llama_cpp_retry=true to try this build once more"
             )
         make(config, key, compiler, build)
         switch(config.root / config.name, f".builds/{build.name}")
         if config.put_to_use:
-            switch(config.root / "current", config.name)
+            switch(config.root / "current", f".builds/{build.name}")
+            if history.move:
+                # What the inventory orders ends a move that was interrupted.
+                dataclasses.replace(history, move=None).write(config.root)
     if config.put_to_use:
         remove_surplus(config)
     print(f"published: {build}", flush=True)
@@ -397,35 +402,6 @@ def to_do(config: Config) -> list[str]:
     return [*lines, *(f"{path.name} is not used any more, to be removed" for path in old)]
 
 
-# Changing over
-
-
-def use(root: Path, name: str) -> str:
-    """Have the version's link and the one in use lead to this build; which one was in use before.
-
-    EngineError when this host does not see the build whole.
-    """
-    build = root / ".builds" / name
-    manifest = Manifest.load(build)
-    verify(build)
-    before = (root / "current").resolve().name if (root / "current").exists() else ""
-    version = f"{manifest.version}-{manifest.backend}"
-    switch(root / version, f".builds/{name}")
-    switch(root / "current", version)
-    return before
-
-
-def before(root: Path) -> dict[str, str]:
-    """The last build that was good before the one in use, with its version. EngineError when there is none."""
-    current = (root / "current").resolve().name
-    name = engine_history.good_before(root, current)
-    if name is None:
-        raise EngineError(
-            f"{root}: no other build is there with which the tiers were seen to answer: there is nothing to go back to"
-        )
-    return {"build": name, "version": Manifest.load(root / ".builds" / name).version, "current": current}
-
-
 # Commands
 
 
@@ -434,36 +410,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for name, summary in (
         ("build", "build and publish the engine that the configuration describes, remove old ones"),
         ("check", f"tell what is to be done; exit code {EXIT_TO_DO} when anything is"),
+        ("prune", "remove old builds"),
     ):
         action = actions.add_parser(name, help=summary, description=summary)
         action.add_argument("--config", type=Path, default=CONFIG, help=f"file (default: {CONFIG})")
         if name == "check":
             action.add_argument("text", nargs="?", help="a configuration, instead of the file")
-    for name, summary in (
-        ("use", "put a build to use that is there; prints the one that was in use"),
-        ("note", "remember how the tiers did with a build"),
-        ("before", "print the last good build before the one in use, as JSON"),
-    ):
-        action = actions.add_parser(name, help=summary, description=summary)
-        action.add_argument("--root", type=Path, required=True, help="folder of all builds")
-        if name != "before":
-            action.add_argument("build", help="name of its folder")
-        if name == "note":
-            action.add_argument("--failed", default="", metavar="WHY", help="what went wrong; without it, it is good")
+    engine_move.add_arguments(actions)
     summary = "compare what this host sees of a build with its manifest"
     action = actions.add_parser("verify", help=summary, description=summary)
     action.add_argument("prefix", type=Path, help="folder of the build, or a link to it")
     action.add_argument("--memory", type=Path, help="file that remembers what was read, so that it is read once")
-
-
-def _change(args: argparse.Namespace) -> int:
-    if args.action == "use":
-        print(use(args.root, args.build))
-    elif args.action == "note":
-        print("noted" if engine_history.note(args.root, args.build, args.failed) else "known")
-    else:
-        print(json.dumps(before(args.root)))
-    return 0
 
 
 def run(args: argparse.Namespace) -> int:
@@ -474,12 +431,12 @@ def run(args: argparse.Namespace) -> int:
             for program in sorted((prefix / "bin").iterdir()):
                 require_libraries(prefix, program.name)
             return 0
-        if args.action in ("use", "note", "before"):
-            return _change(args)
+        if args.action in ("begin", "end", "before"):
+            return engine_move.run(args)
         text = getattr(args, "text", None)
         config = Config.from_json("TEXT", json.loads(text)) if text else Config.load(args.config)
-        if args.action == "build":
-            build_engine(config)
+        if args.action in ("build", "prune"):
+            (build_engine if args.action == "build" else remove_surplus)(config)
             return 0
         lines = to_do(config)
     except (EngineError, download.DownloadError, OSError) as error:

@@ -1,11 +1,12 @@
-"""Which builds were tried and how they did: `history.json` beside them, for rollback and against repeated mistakes."""
+"""How the tiers did with each build, and the move that has not ended: `history.json` beside the builds."""
 
 from __future__ import annotations
 
 import json
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from gleaner import files
 from gleaner.engine import EngineError
@@ -18,53 +19,85 @@ WORDS = 500
 
 @dataclass(frozen=True)
 class Trial:
-    """One time that tiers were moved to a build."""
+    """What is known of the tiers with a build."""
 
     build: str
     """Name of its folder."""
     at: int
-    """Unix seconds."""
+    """Unix seconds; for the reader."""
     why: str = ""
     """What went wrong; empty when the tiers answered with it."""
+    left: bool = False
+    """A person went back from it."""
 
     @property
     def good(self) -> bool:
-        return not self.why
+        return not self.why and not self.left
 
 
-def load(root: Path) -> list[Trial]:
-    """The trials, oldest first. EngineError when the file is there and cannot be read."""
-    try:
-        value = files.load_config(root / FILE)
-        return [Trial(str(one["build"]), int(one["at"]), str(one["why"])) for one in value["trials"]]
-    except ValueError as error:
-        if not (root / FILE).exists():
-            return []
-        raise EngineError(f"{error}: remove the file, and which build was good before is forgotten") from None
-    except (KeyError, TypeError) as error:
-        raise EngineError(
-            f"{root / FILE}: not a history of builds ({error!r}): remove it, and which build was good is forgotten"
-        ) from None
+@dataclass(frozen=True)
+class Move:
+    """The tiers are on their way from one build to another; both are names of folders."""
+
+    origin: str
+    target: str
+    back: bool
+    """It is a rollback."""
+    tiers: tuple[str, ...]
+    """Those that served when it began, and so have to answer."""
 
 
-def note(root: Path, build: str, why: str = "") -> bool:
-    """Remember how the tiers did with a build; false when that is what was known last."""
-    trials, why = load(root), " ".join(why.split())[:WORDS]
-    if trials and (trials[-1].build, trials[-1].why) == (build, why):
-        return False
-    trials = [*trials, Trial(build, int(time.time()), why)][-ENTRIES:]
-    text = json.dumps({"v": 1, "trials": [asdict(one) for one in trials]}, indent=1) + "\n"
-    files.write_atomic(root / FILE, text.encode())
-    return True
+@dataclass(frozen=True)
+class History:
+    """One trial per build, in the order of their ends."""
+
+    trials: tuple[Trial, ...] = ()
+    move: Move | None = None
+
+    @classmethod
+    def load(cls, root: Path) -> History:
+        """EngineError when the file is there and cannot be read."""
+        try:
+            value = files.load_config(root / FILE)
+            trials = [Trial(*map(one.get, ("build", "at", "why", "left"))) for one in value["trials"]]
+            wrong = [one for one in trials if list(map(type, asdict(one).values())) != [str, int, str, bool]]
+            move = value["move"] and Move(**{**value["move"], "tiers": tuple(map(str, value["move"]["tiers"]))})
+        except ValueError as error:
+            if not (root / FILE).exists():
+                return cls()
+            raise EngineError(f"{error}: remove the file, and which build was good before is forgotten") from None
+        except (KeyError, TypeError, AttributeError) as error:
+            raise EngineError(_unreadable(root, error)) from None
+        if wrong:
+            raise EngineError(_unreadable(root, wrong[0]))
+        return cls(tuple(trials), move)
+
+    def write(self, root: Path) -> None:
+        move = self.move and asdict(self.move)
+        value = {"v": 1, "trials": [asdict(one) for one in self.trials], "move": move}
+        files.write_atomic(root / FILE, (json.dumps(value, indent=1) + "\n").encode())
+
+    def noted(self, build: str, why: str = "", left: bool = False) -> History:
+        """With how the tiers did with a build; the same when that was the last of its kind already."""
+        new = Trial(build, int(time.time()), " ".join(why.split())[-WORDS:], left)
+        last = next((one for one in reversed(self.trials) if one.good == new.good), None)
+        if last and replace(last, at=new.at) == new:
+            return self
+        kept = [one for one in self.trials if one.build != build]
+        return replace(self, trials=tuple([*kept, new][-ENTRIES:]))
+
+    def complaint(self, build: str) -> str:
+        """Why this build is not tried again; empty when nothing is known against it."""
+        trial = next((one for one in self.trials if one.build == build and not one.good), None)
+        if trial is None:
+            return ""
+        return "from which a person went back" if trial.left else f"with which the tiers failed: {trial.why}"
+
+    def good_before(self, root: Path, build: str) -> str | None:
+        """The build that was good most recently, other than this one, and is still there."""
+        good = (one.build for one in reversed(self.trials) if one.good and one.build != build)
+        return next((name for name in good if (root / ".builds" / name / "manifest.json").is_file()), None)
 
 
-def failure_of(root: Path, build: str) -> Trial | None:
-    """The last trial of the build, if it failed."""
-    last = next((one for one in reversed(load(root)) if one.build == build), None)
-    return last if last and not last.good else None
-
-
-def good_before(root: Path, build: str) -> str | None:
-    """The build that was good most recently, other than this one, and is still there."""
-    good = (one.build for one in reversed(load(root)) if one.good and one.build != build)
-    return next((name for name in good if (root / ".builds" / name / "manifest.json").is_file()), None)
+def _unreadable(root: Path, what: Any) -> str:
+    return f"{root / FILE}: not a history of builds ({what!r}): remove it, and which build was good is forgotten"

@@ -108,6 +108,8 @@ class TierState:
     ending: bool = False
     """The keeper itself is ending the job."""
     failures: int = 0
+    failure: str = ""
+    """How the last job failed by itself; empty when none of this plan has since one ran well."""
     held: bool = False
     why: str = ""
     """Of a tier that is held, whose job is being ended or not accounted for yet, or that makes way for another."""
@@ -132,6 +134,7 @@ def load_state(path: Path) -> dict[str, TierState]:
                 digest=str(kept.get("digest", "")),
                 ending=bool(kept.get("ending", False)),
                 failures=int(kept["failures"]),
+                failure=str(kept.get("failure", "")),
                 held=bool(kept["held"]),
                 why=str(kept["why"]),
                 claims=int(kept.get("claims", 0)),
@@ -243,9 +246,28 @@ class Keeper:
         self.wanting_since: dict[str, float] = {}
         self.claim_until: dict[str, float] = {}
         self.lost_sight: dict[str, int] = {}
+        # Which file the configuration was read from: its inode, size and time.
+        self.read: tuple[int, int, int] | None = None
         # Tiers that may not start now, and jobs that have to yield: for whom, in words.
         self.outranked: dict[str, str] = {}
         self.yielding: dict[int, str] = {}
+
+    def follow(self, path: Path) -> None:
+        """Take over the configuration when another was written: a play that was cut off told nobody of it."""
+        try:
+            about = path.stat()
+            mark = (about.st_ino, about.st_size, about.st_mtime_ns)
+            if mark == self.read:
+                return
+            config = Config.load(path)
+        except (OSError, ValueError) as error:
+            self.changes.say("config", f"{error}: going on as before")
+            return
+        self.read = mark
+        self.changes.clear("config")
+        if config != self.config:
+            say(f"another configuration: keeping {', '.join(tier.tier for tier in config.tiers) or 'no tier'}")
+            self.config, self.look = config, life.Look(config.registry)
 
     def poll(self) -> None:
         names = [tier.job_name for tier in self.config.tiers]
@@ -304,7 +326,7 @@ class Keeper:
             state.why = self.outranked.get(tier.tier, "")
             if state.failures and self._outdated(tier, state.digest):
                 say(f"{tier.tier}: its plan has changed, the failures of the old one do not count")
-                state.failures = 0
+                state.failures, state.failure = 0, ""
             if state.why:
                 self.changes.say(tier.tier, f"{tier.tier}: makes way: {state.why}")
             elif self._waited(tier, state):
@@ -343,6 +365,7 @@ class Keeper:
         being_held = state.held and state.ending
         state.held = said.wish is Wish.HELD
         state.failures = state.claims = 0
+        state.failure = ""
         self.not_before.pop(name, None)
         if state.held:
             # Also of a job that completes: it may be one that comes back, since it was preempted.
@@ -389,6 +412,7 @@ class Keeper:
         if job.state == "RUNNING":
             if job.run_seconds >= GOOD_RUN_SECONDS:
                 state.failures = state.claims = 0
+                state.failure = ""
             self._look_for_life(tier, state, job)
             return
         if job.state != "PENDING":
@@ -626,7 +650,10 @@ class Keeper:
         self.told.pop(job_id, None)
         if end.good_run or outdated:
             state.failures = state.claims = 0
+            state.failure = ""
         if end.failed and not done:
+            if not end.lost:
+                state.failure = f"job {job_id} ended: {end.words}"
             self._failed(tier, state, end.lost)
 
     def _why_cancelled(self, state: TierState) -> str | None:
@@ -722,8 +749,9 @@ def run(args: argparse.Namespace) -> int:
     say(f"keeping {', '.join(tier.tier for tier in config.tiers) or 'no tier'}")
     notify("READY=1")
     while True:
+        keeper.follow(args.config)
         keeper.poll()
         notify("WATCHDOG=1")
-        if selector.select(config.poll_seconds) and signals.receive():
+        if selector.select(keeper.config.poll_seconds) and signals.receive():
             say("told to stop; jobs stay as they are")
             return 0

@@ -250,6 +250,19 @@ def _largest_context(fits: Callable[[int], bool], most: int) -> int:
     return 256 * low
 
 
+def _unanswered(site: Site, tier: Tier, models: Sequence[Model]) -> Iterator[Problem]:
+    """Aliases to which nobody would answer: a router knows the models of a folder by their files' names alone."""
+    split = {other.model for other in site.tiers.values() if other.kind == "layer_split"}
+    for index, (name, model) in enumerate(site.models.items()):
+        if model.aliases and model in models and name not in split:
+            yield Problem(
+                f"models[{index}].aliases",
+                f"{', '.join(model.aliases)} of {name}, which router tier {tier.name} serves",
+                "none: a router tier knows a model by its name alone",
+                "remove them, or serve the model by a tier of kind layer_split",
+            )
+
+
 def _plan_router(site: Site, index: int, tier: Tier) -> tuple[dict[str, Any], list[Problem]]:
     models = site.models_of(tier)
     cuda = site.engine.backend == "cuda"
@@ -263,6 +276,12 @@ def _plan_router(site: Site, index: int, tier: Tier) -> tuple[dict[str, Any], li
             )
         ]
     found, warnings = rules.check(rules.Case(site, index, tier, models, _ubatches(tier)[0]))
+    nameless = list(_unanswered(site, tier, models))
+    if tier.models is not None:
+        found += nameless
+    else:
+        # Only because no layer-split tier has the model now: the tier may come back.
+        warnings += map(str, nameless)
     if any(architectures.unknown(model.facts) for model in models):
         return _base(site, tier, tier.memory_mib, warnings), found
     for ubatch_tokens in _ubatches(tier):
@@ -388,7 +407,8 @@ def _sketched(
 def head_args(site: Site, tier: Tier, split: Split, cpus: int, ubatch_tokens: int) -> list[str]:
     """Arguments of the head's ``llama-server``, without --host and --port, which the agent adds."""
     endpoints = ",".join(f"{site.nodes[name].rpc_address}:{site_model.RPC_PORT}" for name in tier.workers)
-    args = ["--model", f"{MODELS_DIR}/{site.models[tier.model].path}", "--alias", tier.model]
+    model = site.models[tier.model]
+    args = ["--model", f"{MODELS_DIR}/{model.path}", "--alias", ",".join((model.name, *model.aliases))]
     args += ["--rpc", endpoints, "--split-mode", "layer"]
     args += ["--tensor-split", ",".join(map(str, split.counts))]
     args += _common_args(site, tier, cpus, ubatch_tokens)
@@ -698,6 +718,7 @@ def _base(site: Site, tier: Tier, mem_mib: int | None, warnings: list[str]) -> d
         },
         "engine": {
             "prefix": f"{site.shared_dir}/ai/llama.cpp/{site.engine.version}-{site.engine.backend}",
+            "flash_attention": site.engine.flash_attention,
             # On the node: which of the build's files it has read and found right.
             "memory": f"{STATE_DIRECTORY}/engine.json",
         },

@@ -11,7 +11,7 @@ import http.client
 import json
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from gleaner import engine, keeper, status, upstream
@@ -23,19 +23,53 @@ TOKENS = 8
 
 EXIT_FAILED = 1
 EXIT_REFUSED = 2
+EXIT_UNSEEN = 3
+
+# One may be bad luck; a tier's next job is tried after a pause.
+FAILED_JOBS = 2
+# How much longer than for an answer a tier may wait for its GPUs, before it is left to wait.
+PATIENCE = 2
+# What a tier does that has its GPUs, or would have them had its job not failed.
+_AT_WORK = (Tier.SERVING.value, Tier.UNROUTED.value, Tier.LOADING.value, Tier.PAUSED.value)
+
+
+class Wrong(Exception):
+    """An answer that is none; `told` in words."""
+
+    def __init__(self, told: str, counts: bool = True) -> None:
+        super().__init__(told)
+        self.counts = counts
+        """Whether the build may be to blame: not for a gateway that is away, nor for a tier that yields just now."""
 
 
 @dataclass
 class Watched:
-    """A tier that is to answer with the build, and what was last told of it."""
+    """A tier that is to answer with the build, and what was last seen of it."""
 
     name: str
     port: int
+    failure: str | None = None
+    """How a job of it had failed when we began to look."""
     told: str = ""
+    seconds: float = 0.0
+    """How long it was at work with the build."""
+    failures: set[str] = field(default_factory=set)
+
+    @property
+    def why(self) -> str:
+        return "; ".join(sorted(self.failures)) or self.told
 
 
-def completion(host: str, port: int, model: str) -> str:
-    """Ask for a few tokens; what is wrong with the answer, or nothing."""
+@dataclass(frozen=True)
+class Verdict:
+    """Tiers that failed with the build, and those of which nothing could be seen; each in words."""
+
+    failed: tuple[str, ...] = ()
+    unseen: tuple[str, ...] = ()
+
+
+def completion(host: str, port: int, model: str) -> None:
+    """Ask for a few tokens; Wrong when they do not come."""
     body = json.dumps({"model": model, "prompt": "Once upon a time", "max_tokens": TOKENS, "temperature": 0})
     connection = http.client.HTTPConnection(host, port, timeout=ANSWER_SECONDS)
     try:
@@ -43,43 +77,57 @@ def completion(host: str, port: int, model: str) -> str:
         response = connection.getresponse()
         text = response.read()
     except (OSError, http.client.HTTPException) as error:
-        return f"no answer: {error}"
+        raise Wrong(f"no answer: {error}", counts=isinstance(error, TimeoutError)) from None
     finally:
         connection.close()
     if response.status != http.HTTPStatus.OK:
-        return f"HTTP {response.status}: {text[:200].decode(errors='replace')}"
+        busy = response.status == http.HTTPStatus.SERVICE_UNAVAILABLE
+        raise Wrong(f"HTTP {response.status}: {text[:200].decode(errors='replace')}", counts=not busy)
     try:
-        value = json.loads(text)
-        tokens = int(value["usage"]["completion_tokens"])
+        tokens = int(json.loads(text)["usage"]["completion_tokens"])
     except (ValueError, KeyError, TypeError):
-        return f"the answer is no completion: {text[:200].decode(errors='replace')}"
-    return "" if tokens > 0 else "the answer has no tokens"
+        raise Wrong(f"the answer is no completion: {text[:200].decode(errors='replace')}") from None
+    if tokens <= 0:
+        raise Wrong("the answer has no tokens")
 
 
-def look(watched: Watched, line: dict[str, object], host: str, logs: Path, build: str) -> tuple[str, bool]:
-    """What a tier is doing, and whether that is its answer with the build; an answer that is wrong is told as one."""
+def look(watched: Watched, line: dict[str, object], host: str, logs: Path, build: str) -> tuple[str, bool | None]:
+    """What a tier is doing; true when it answers with the build, false when it is at work with it and has not yet."""
     runs = ""
     if line["job"]:
         # One that has not come so far says nothing yet.
         with contextlib.suppress(OSError):
             runs = engine.of_job(logs, line["job"])
+    failure = line["failure"]
+    if failure and failure != watched.failure:
+        watched.failures.add(str(failure))
     if line["state"] != Tier.SERVING.value or runs != build:
         more = line["reason"] or line["why"] or (f"with {runs}" if runs and runs != build else "")
-        return f"{line['state']}{f' ({more})' if more else ''}", False
+        # A tier that makes way for another one is paused, too.
+        at_work = line["state"] in _AT_WORK and (runs == build or (not line["job"] and bool(watched.failures)))
+        return f"{line['state']}{f' ({more})' if more else ''}", False if at_work else None
     models = line["models"]
     assert isinstance(models, list)
-    wrong = completion(host, watched.port, str(models[0]) if models else "")
-    return (f"answers wrongly: {wrong}", False) if wrong else (f"answers with {build}", True)
+    try:
+        completion(host, watched.port, str(models[0]) if models else "")
+    except Wrong as wrong:
+        return f"answers wrongly: {wrong}", False if wrong.counts else None
+    return f"answers with {build}", True
 
 
-def wait(config: upstream.Config, state: Path, host: str, tiers: list[str], build: str, seconds: float) -> list[str]:
-    """Follow the tiers until each has answered; what is still wrong with those that have not after so many seconds."""
+def wait(config: upstream.Config, state: Path, host: str, tiers: list[str], build: str, seconds: float) -> Verdict:
+    """Follow the tiers until each has answered with the build, or one has failed.
+
+    A tier has so many seconds for an answer while it is at work: one that waits for GPUs, or that a person holds, is
+    not to blame. It is left to wait after PATIENCE times as long.
+    """
     ports = {tier.tier: tier.gateway_port for tier in config.tiers}
-    left = [Watched(name, ports[name]) for name in tiers]
+    lines = _lines(config, state)
+    left = [Watched(name, ports[name], str(lines[name]["failure"] or "") or None) for name in tiers]
     logs = config.registry.parent / "logs"
-    deadline = time.monotonic() + seconds
-    while True:
-        lines = {str(line["tier"]): line for line in status.look(config, keeper.load_state(state))}
+    began = before = time.monotonic()
+    while left:
+        lines, now = _lines(config, state), time.monotonic()
         for one in list(left):
             told, good = look(one, lines[one.name], host, logs, build)
             if told != one.told:
@@ -87,17 +135,28 @@ def wait(config: upstream.Config, state: Path, host: str, tiers: list[str], buil
                 print(f"{one.name}: {told}", flush=True)
             if good:
                 left.remove(one)
-        if not left:
-            return []
-        if time.monotonic() >= deadline:
-            return [f"{one.name} did not answer within {seconds:g} s: {one.told}" for one in left]
-        time.sleep(POLL_SECONDS)
+            elif good is False:
+                one.seconds += now - before
+            if one.seconds >= seconds or len(one.failures) >= FAILED_JOBS:
+                return Verdict(failed=(f"{one.name} did not answer in {one.seconds:.0f} s: {one.why}",))
+        held = [one for one in left if one.told.startswith(Tier.HELD.value)]
+        if left and (now - began >= PATIENCE * seconds or held == left):
+            return Verdict(unseen=tuple(f"{one.name} could not be asked: {one.why}" for one in left))
+        before = now
+        time.sleep(POLL_SECONDS if left else 0)
+    return Verdict()
+
+
+def _lines(config: upstream.Config, state: Path) -> dict[str, dict[str, object]]:
+    return {str(line["tier"]): line for line in status.look(config, keeper.load_state(state))}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--build", required=True, help="name of the build's folder")
     parser.add_argument("--host", required=True, help="address of the gateway")
-    parser.add_argument("--wait", type=float, default=600.0, metavar="SECONDS", help="for all of them (600)")
+    parser.add_argument(
+        "--wait", type=float, default=600.0, metavar="SECONDS", help="for an answer of a tier at work (600)"
+    )
     parser.add_argument("--keeper", type=Path, default=Path("/etc/gleaner/keeper.json"))
     parser.add_argument("--config", type=Path, default=Path("/etc/gleaner/gateway.json"))
     parser.add_argument("tiers", nargs="+", metavar="TIER")
@@ -113,7 +172,7 @@ def run(args: argparse.Namespace) -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_REFUSED
-    wrong = wait(config, state, args.host, args.tiers, args.build, args.wait)
-    for text in wrong:
+    verdict = wait(config, state, args.host, args.tiers, args.build, args.wait)
+    for text in (*verdict.failed, *verdict.unseen):
         print(f"error: {text}", file=sys.stderr)
-    return EXIT_FAILED if wrong else 0
+    return EXIT_FAILED if verdict.failed else EXIT_UNSEEN if verdict.unseen else 0

@@ -60,7 +60,8 @@ def look(config: upstream.Config, kept: dict[str, keeper.TierState]) -> list[dic
                 "reason": job.reason if job and job.state == "PENDING" else None,
                 "held": remembered.held,
                 "ending": remembered.ending,
-                "why": remembered.why or None,
+                "why": remembered.why or (remembered.failure if state is Tier.PAUSED else "") or None,
+                "failure": remembered.failure or None,
                 "models": list(reading.models) if isinstance(reading, Record) else [],
             }
         )

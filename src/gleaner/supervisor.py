@@ -72,7 +72,8 @@ class Plan:
 
     tier: str
     engine: Path
-    engine_key: str
+    engine_manifest: str
+    """Sum of the build's manifest, which has that of each of its files."""
     engine_memory: str
     """Where a node remembers which files of the build it has read."""
     address_of: dict[str, str]
@@ -109,8 +110,12 @@ class Plan:
     @classmethod
     def _from(cls, value: dict[str, Any]) -> Plan:
         server, worker = value["server"], None
-        # The link may move to a newer build meanwhile: a server that is started again is the same one.
         build = Path(value["engine"]["prefix"]).resolve()
+        if value["engine"]["flash_attention"] and not engine.Manifest.load(build).flash_attention:
+            raise PlanError(
+                f"{build}: built without flash attention, with which the tier {value['tier']} is planned: its first "
+                "answer would abort: run playbooks/engine.yml, or set llama_cpp_flash_attention: false"
+            )
         head = next((name for name, node in value["nodes"].items() if node.get("role") == "head"), None)
         if value["kind"] == "layer_split":
             given = value["worker"]
@@ -127,7 +132,7 @@ class Plan:
         return cls(
             tier=str(value["tier"]),
             engine=build,
-            engine_key=engine.Manifest.load(build).key,
+            engine_manifest=engine.identity(build),
             engine_memory=str(value["engine"].get("memory", "")),
             address_of={name: str(node["address"]) for name, node in value["nodes"].items()},
             rpc_address_of={name: str(node["rpc_address"]) for name, node in value["nodes"].items()},
@@ -585,13 +590,14 @@ class Supervisor:
 
     def _start_on(self, node: str, **task: Any) -> None:
         self.ending.add(node)
-        build = {"prefix": str(self.plan.engine), "key": self.plan.engine_key, "memory": self.plan.engine_memory}
+        plan = self.plan
+        build = {"prefix": str(plan.engine), "manifest": plan.engine_manifest, "memory": plan.engine_memory}
         more = {
             "start": self.start,
-            "numa_node": self.plan.numa_node_of[node],
+            "numa_node": plan.numa_node_of[node],
             "log": str(self._log_of(node)),
             "engine": build,
-            "gpus": self.plan.gpus_of[node],
+            "gpus": plan.gpus_of[node],
         }
         self._tell(node, {"start": {**task, **more}})
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from gleaner import slurm
-from gleaner.engine import Manifest, sums
+from gleaner.engine import Manifest, identity, sums
 from tools.build_zipapp import build
 
 # Programs refuse to run as root, and root's own Python may be closed to others.
@@ -229,7 +229,7 @@ class Home:
         """Write the manifest of the engine as it is now; what a supervisor tells its agents of it."""
         prefix = self.engine.parent
         Manifest("key", "1", "cpu", {}, "c++", "x86-64-v3", (), sums(prefix)).write(prefix)
-        return {"prefix": str(prefix), "key": "key", "memory": str(self.root / "engine.json")}
+        return {"prefix": str(prefix), "manifest": identity(prefix), "memory": str(self.root / "engine.json")}
 
     @staticmethod
     def program(path: Path, text: str) -> None:

@@ -80,6 +80,7 @@ def site() -> dict[str, Any]:
         "cluster_name": "test",
         "controller": "slurm-ctl",
         "controllers": ["slurm-ctl"],
+        "controller_address": "10.0.0.5",
         "service_user": "ai-inference",
         "shared_dir": "/cluster/shared",
         "inventory_dir": "/inventory",
@@ -95,10 +96,15 @@ def site() -> dict[str, Any]:
             },
         },
         "slurm": {
+            "manage_cluster": True,
             "ai_partition": "gpu_ai",
             "ai_qos": "ai_opportunistic",
             "ai_account": "ai",
             "grace_seconds": 30,
+            "preempting_qos": ["vasp_priority"],
+            "vasp_partition": "gpu_vasp",
+            "vasp_account": "vasp",
+            "vasp_users": ["alice"],
         },
         "nodes": {"vasp-01": node(11), "vasp-02": node(12), "vasp-03": node(13)},
         "models": [model("small"), model("other"), model("large")],
@@ -136,7 +142,7 @@ def beefcake2() -> dict[str, Any]:
     for name in ("cluster", "engine", "models", "provide", "slurm", "tiers"):
         variables.update(yaml.safe_load((folder / f"group_vars/all/{name}.yml").read_text()))
     cluster = yaml.safe_load((folder / "hosts.yml").read_text())["all"]["children"]["cluster"]["children"]
-    nodes, addresses = cluster["slurm_nodes"], variables["addresses"]
+    nodes, slurm = cluster["slurm_nodes"], site()["slurm"]
     return {
         **{key: variables[key] for key in ("cluster_name", "controller", "service_user", "shared_dir", "tiers")},
         "inventory_dir": str(folder),
@@ -145,14 +151,15 @@ def beefcake2() -> dict[str, Any]:
             "cuda_architectures": variables["llama_cpp_cuda_architectures"],
             "source": {"url": "https://source.example/llama.cpp.tar.gz", "sha256": SHA256},
         },
-        "slurm": {key: variables[f"slurm_{key}"] for key in ("ai_partition", "ai_qos", "ai_account", "grace_seconds")},
+        "slurm": {**{key: variables[f"slurm_{key}"] for key in slurm}, "vasp_account": slurm["vasp_account"]},
         "models": [{**model, "source": "https://models.example", "sha256": SHA256} for model in variables["models"]],
+        "controller_address": variables["addresses"][variables["controller"]]["cluster"],
         "nodes": {
             name: {
-                "cluster_address": addresses[name]["cluster"],
-                "rpc_address": addresses[name]["rpc"],
+                "cluster_address": f"10.0.0.{number}",
+                "rpc_address": f"10.0.1.{number}",
                 **copy.deepcopy(nodes["vars"]),
             }
-            for name in nodes["hosts"]
+            for number, name in enumerate(nodes["hosts"], 11)
         },
     }

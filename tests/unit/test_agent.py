@@ -304,8 +304,8 @@ def test_agent_by_hand_says_who_starts_it(place: Home) -> None:
 
 
 def test_a_node_that_sees_another_build_than_its_supervisor_says_so(place: Home) -> None:
-    with pytest.raises(engine.EngineError, match="this node sees build key, its supervisor other"):
-        agent.verify_engine({**place.publish(), "key": "other"})
+    with pytest.raises(engine.EngineError, match=r"manifest\.json: this node sees [0-9a-f]{64}, its supervisor other"):
+        agent.verify_engine({**place.publish(), "manifest": "other"})
 
 
 def test_a_memory_that_cannot_be_written_is_done_without(place: Home) -> None:

@@ -81,7 +81,7 @@ class Site:
     def run(self, action: str, *more: str) -> int:
         parser = argparse.ArgumentParser()
         engine_build.add_arguments(parser)
-        where = ["--config", str(self.config)] if action in ("build", "check") else []
+        where = ["--config", str(self.config)] if action in ("build", "check", "prune") else []
         return engine_build.run(parser.parse_args([action, *where, *more]))
 
     def build(self, version: str = "1", **changes: Any) -> Path:

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from gleaner import claims, keeper, life
+from gleaner.states import Exit
 from tests.unit.fakes import DIGEST, Home, home, job_text, queue_line, wait_for
 
 OTHER = "fedcba9876543210"
@@ -191,6 +192,52 @@ def test_failure_says_what_the_exit_code_means(site: Site, capfd: pytest.Capture
     running(site).ended(state="FAILED", code="11:0")
     site.poll()
     assert "FAILED after 600 s, exit code 11: the server died too often" in capfd.readouterr().err
+
+
+def test_how_the_last_job_failed_is_remembered_until_one_runs_well(site: Site) -> None:
+    running(site).ended(state="FAILED", code="11:0", ran="00:00:30")
+    site.poll()
+    assert site.state.failure == f"job 41 ended: FAILED after 30 s, exit code 11: {Exit.SERVER_FAILED.meaning}"
+    site.clock.now += 5
+    site.poll()
+    site.queue(queue_line(ran="4:00"))
+    site.poll()
+    assert site.state.failure
+    site.queue(queue_line(ran="5:00"))
+    site.poll()
+    assert site.state.failure == ""
+
+
+def test_a_lost_node_is_no_failure_of_the_build(site: Site) -> None:
+    running(site).ended(state="NODE_FAIL")
+    site.poll()
+    assert (site.state.failures, site.state.failure) == (1, "")
+
+
+def test_another_configuration_is_read_without_a_restart(site: Site, capfd: pytest.CaptureFixture[str]) -> None:
+    """A play that was cut off after it had written it tells nobody."""
+    path = site.place.root / "keeper-config.json"
+
+    def write(**changes: Any) -> None:
+        (tier,) = site.config.tiers
+        value = dataclasses.asdict(dataclasses.replace(site.config, tiers=(dataclasses.replace(tier, **changes),)))
+        need = value["tiers"][0]["need"]
+        need.update(gpus_per_node=need.pop("gpus"), cpus_per_node=need.pop("cpus"))
+        site.place.set(path, json.dumps({"v": 1, **value}, default=str))
+
+    write()
+    site.keeper.follow(path)
+    assert site.keeper.config == site.config
+    assert capfd.readouterr().err == ""
+    write(digest=OTHER)
+    site.keeper.follow(path)
+    assert site.keeper.config.tiers[0].digest == OTHER
+    assert "another configuration: keeping fast" in capfd.readouterr().err
+    path.write_text("{")
+    site.keeper.follow(path)
+    site.keeper.follow(path)
+    assert site.keeper.config.tiers[0].digest == OTHER
+    assert capfd.readouterr().err.count("going on as before") == 1
 
 
 def test_long_run_forgives_earlier_failures(site: Site) -> None:

@@ -67,6 +67,7 @@ def test_plan_of_a_router_tier() -> None:
     }
     assert got["engine"] == {
         "prefix": "/cluster/shared/ai/llama.cpp/0.5.0-cuda",
+        "flash_attention": False,
         "memory": "/scratch/ai/state/engine.json",
     }
     assert got["models"] == ["small", "other"]
@@ -200,8 +201,36 @@ def test_layer_split_plan_names_roles_and_the_split() -> None:
     assert (flags["--split-mode"], flags["--tensor-split"]) == ("layer", "1,2,2")
     assert (flags["--cache-ram"], flags["--fit"], flags["--gpu-layers"]) == ("0", "off", "999")
     assert flags["--reasoning-format"] == "deepseek"
+    assert flags["--alias"] == "large"
     assert "--chat-template-file" not in flags
     assert "GGML_RPC_DEBUG" not in {**got["server"]["environment"], **got["worker"]["environment"]}
+
+
+def test_a_layer_split_model_is_served_under_all_of_its_names() -> None:
+    value = sites.site()
+    value["models"][2]["aliases"] = ["OR1-Large", "L.1"]
+    got = plan.plan_tier(value, "reasoning", sites.headers())
+    assert options(got["server"]["args"])["--alias"] == "large,OR1-Large,L.1"
+    # Records and staging know it by one.
+    assert got["models"] == ["large"]
+
+
+def test_aliases_to_which_no_tier_answers_are_refused() -> None:
+    value = sites.site()
+    value["models"][0]["aliases"] = ["Small"]
+    (warning,) = (text for text in plan.plan_tier(value, "fast", sites.headers())["warnings"] if "aliases" in text)
+    assert warning.startswith("models[0].aliases = Small of small, which router tier fast serves; wanted none: ")
+    value["tiers"][0]["models"] = ["other"]
+    assert plan.problems(value, sites.headers()) == []
+    value["tiers"][0]["models"] = ["other", "small"]
+    (problem,) = plan.problems(value, sites.headers())
+    assert (problem.variable, problem.cure) == (
+        "models[0].aliases",
+        "remove them, or serve the model by a tier of kind layer_split",
+    )
+    # One that a layer-split tier has answers there, whoever else serves it.
+    value["tiers"][1]["model"] = "small"
+    assert plan.problems(value, sites.headers()) == []
 
 
 def test_layer_split_tier_with_a_chat_template_and_the_engines_debug_output() -> None:

@@ -34,6 +34,7 @@ def spoil(path: tuple[Any, ...], value: object) -> dict[str, Any]:
 
 FAST, REASONING = ("tiers", 0), ("tiers", 1)
 VASP_02 = ("nodes", "vasp-02")
+GPU = (*VASP_02, "gpus", 0)
 SOURCE = ("llama_cpp", "source")
 
 # Where the site is spoiled, with what; the variable named, words of what is wanted, words of the cure.
@@ -106,6 +107,19 @@ TABLE: list[tuple[tuple[Any, ...], object, str, str, str]] = [
     (("models", 0, "name"), "mmproj-small", "models[0].name", "companion", "rename"),
     (("models", 0, "name"), "small-00001-of-00002", "models[0].name", "the name of the whole model", "parts: ["),
     (("models", 1, "name"), "small", "models[1].name", "a name of its own (models[0]", "rename"),
+    (("models", 0, "aliases"), "Small", "models[0].aliases", "a list", "models[0].aliases: ["),
+    (("models", 0, "aliases"), ["a,b"], "models[0].aliases[0]", "letters, digits", "the other name"),
+    (("models", 0, "aliases"), [7], "models[0].aliases[0]", "letters, digits", "the other name"),
+    (("models", 0, "aliases"), ["small"], "models[0].aliases[0]", "a name of its own (models[0].name", "rename"),
+    (
+        ("models", 0, "aliases"),
+        ["Small", "Small"],
+        "models[0].aliases[1]",
+        "of its own (models[0].aliases[0]",
+        "rename",
+    ),
+    (("models", 0, "aliases"), ["other"], "models[1].name", "a name of its own (models[0].aliases[0]", "rename"),
+    (("models", 1, "aliases"), ["small"], "models[1].aliases[0]", "a name of its own (models[0].name", "rename"),
     (("models", 0, "source"), "http://a/b.gguf", "models[0].source", "https://… or file:///…", "URL"),
     (("models", 0, "source"), "/srv/b.gguf", "models[0].source", "https://… or file:///…", "URL"),
     (("models", 0, "source"), "file://srv/b.gguf", "models[0].source", "file:///…", "URL"),
@@ -135,6 +149,17 @@ TABLE: list[tuple[tuple[Any, ...], object, str, str, str]] = [
     ((*VASP_02, "memory_mib"), MISSING, "hostvars[vasp-02].memory_mib", "whole number", "384000"),
     ((*VASP_02, "cpus"), MISSING, "hostvars[vasp-02].cpus", "whole number", "40"),
     ((*VASP_02, "cpus"), -1, "hostvars[vasp-02].cpus", "from 1", "40"),
+    ((*VASP_02, "sockets"), 0, "hostvars[vasp-02].sockets", "from 1 to 64", "2"),
+    ((*VASP_02, "sockets"), "2", "hostvars[vasp-02].sockets", "whole number", "2"),
+    ((*VASP_02, "sockets"), 3, "hostvars[vasp-02].cpus", "a multiple of 3", "slurmd -C"),
+    ((*VASP_02, "threads_per_core"), 17, "hostvars[vasp-02].threads_per_core", "from 1 to 16", "2"),
+    ((*GPU, "cores"), 4, "hostvars[vasp-02].gpus[0].cores", "0-19", "as text"),
+    ((*GPU, "cores"), "0-", "hostvars[vasp-02].gpus[0].cores", "0-19", "as text"),
+    ((*GPU, "cores"), "3-1", "hostvars[vasp-02].gpus[0].cores", "ranges that go up, unlike 3-1", "as text"),
+    ((*GPU, "cores"), "0,38-40", "hostvars[vasp-02].gpus[0].cores", "below 40", "as text"),
+    ((*GPU, "device"), "nvidia0", "hostvars[vasp-02].gpus[0].device", "a device file", "/dev/nvidia0"),
+    ((*GPU, "device"), "/dev/../x", "hostvars[vasp-02].gpus[0].device", "a device file", "/dev/nvidia0"),
+    ((*GPU, "core"), "0", "hostvars[vasp-02].gpus[0].core", "one of model", "did you mean cores"),
     ((*VASP_02, "rpc_address"), "vasp-02-ib", "hostvars[vasp-02].rpc_address", "an IPv4", "not a host name"),
     (
         (*VASP_02, "cluster_address"),
@@ -157,10 +182,21 @@ TABLE: list[tuple[tuple[Any, ...], object, str, str, str]] = [
     (("slurm", "ai_qos"), "AI", "slurm_ai_qos", "lower-case name", "ai_opportunistic"),
     (("slurm", "ai_account"), MISSING, "slurm_ai_account", "lower-case name", "ai"),
     (("slurm", "ai_partition"), "a b", "slurm_ai_partition", "partition", "gpu_ai"),
+    (("slurm", "manage_cluster"), MISSING, "slurm_manage_cluster", "true or false", "false"),
+    (("slurm", "vasp_partition"), None, "slurm_vasp_partition", "partition", "gpu_vasp"),
+    (("slurm", "vasp_partition"), "gpu_ai", "slurm_vasp_partition", "of its own (slurm_ai_partition", "rename"),
+    (("slurm", "vasp_account"), None, "slurm_vasp_account", "of the paying users", "sacctmgr show associations"),
+    (("slurm", "vasp_account"), "ai", "slurm_vasp_account", "another account than slurm_ai_account", "rename"),
+    (("slurm", "vasp_users"), "alice", "slurm_vasp_users", "a list", "the site keeps its accounts"),
+    (("slurm", "vasp_users"), ["a b"], "slurm_vasp_users[0]", "a user name", "as on the hosts"),
+    (("slurm", "preempting_qos"), [], "slurm_preempting_qos", "at least one", "vasp_priority"),
+    (("slurm", "preempting_qos"), ["VASP"], "slurm_preempting_qos[0]", "lower-case", "vasp_priority"),
+    (("slurm", "preempting_qos"), ["ai_opportunistic"], "slurm_preempting_qos[0]", "another QoS", "vasp_priority"),
     (("slurm", "grace_seconds"), 5, "slurm_grace_seconds", "from 11", "30"),
     (("cluster_name",), "Beefcake 2", "cluster_name", "lower-case", "beefcake2"),
     (("controller",), "other", "groups['slurm_controller']", "exactly the host other", "slurm_controller"),
     (("controller",), None, "controller", "inventory name", "slurm-ctl"),
+    (("controller_address",), None, "hostvars[slurm-ctl].cluster_address", "an IPv4", "ip -brief -4 address"),
     (("service_user",), "root", "service_user", "an ordinary user", "never run models as root"),
     (("shared_dir",), "cluster/shared", "shared_dir", "an absolute path", "/cluster/shared"),
     (("shared_dir",), "/cluster/../etc", "shared_dir", "an absolute path", "/cluster/shared"),
@@ -190,6 +226,73 @@ def test_text_holds_the_value_got(path: tuple[Any, ...], value: object, variable
         assert any(problem.got == "undefined" for problem in found)
     elif isinstance(value, (str, int)) and named.variable.endswith(str(path[-1])):
         assert named.got == repr(value)
+
+
+def test_a_node_may_say_how_its_processors_and_gpus_lie() -> None:
+    value = sites.site()
+    value["nodes"]["vasp-02"] |= {"sockets": 2, "threads_per_core": 2}
+    gpu = value["nodes"]["vasp-02"]["gpus"][0]
+    value["nodes"]["vasp-02"]["gpus"] = [gpu | {"cores": "0-9", "device": "/dev/nvidia1"}, gpu | {"cores": "10,12-19"}]
+    (problem,) = site_model.problems(value, sites.headers())
+    assert (problem.variable, problem.got) == ("hostvars[vasp-02].gpus[1].device", "'/dev/nvidia1'")
+    assert "gpus[0].device has this one" in problem.wanted
+    value["nodes"]["vasp-02"]["gpus"][1]["device"] = "/dev/nvidia0"
+    assert site_model.problems(value, sites.headers()) == []
+    gpus = site_model.read(value, sites.headers()).nodes["vasp-02"].gpus
+    assert [(one.cores, one.device) for one in gpus] == [("0-9", "/dev/nvidia1"), ("10,12-19", "/dev/nvidia0")]
+    # Half as many cores as processors.
+    value["nodes"]["vasp-02"]["gpus"][1]["cores"] = "20"
+    (problem,) = site_model.problems(value, sites.headers())
+    assert problem.wanted == "numbers below 20, which is cpus / threads_per_core"
+
+
+def test_names_of_others_need_not_look_like_ours() -> None:
+    value = sites.site()
+    value["slurm"] |= {"preempting_qos": ["high.prio"], "vasp_account": "chem.vasp", "vasp_users": ["Ann.Lee@uni"]}
+    assert site_model.problems(value, sites.headers()) == []
+    del value["slurm"]["vasp_users"]
+    assert site_model.problems(value, sites.headers()) == []
+
+
+def test_a_version_that_is_none_of_the_releases_is_named_with_those_that_are() -> None:
+    value = sites.site()
+    value["llama_cpp"] |= {"version": "9.9", "source": None, "releases": ["0.5.0", "0.1.0"]}
+    (problem,) = site_model.problems(value, sites.headers())
+    assert (problem.variable, problem.got) == ("llama_cpp_version", "'9.9'")
+    assert problem.wanted == "one of llama_cpp_releases: 0.5.0, 0.1.0"
+    value["llama_cpp"]["version"] = "0.1.0"
+    (problem,) = site_model.problems(value, sites.headers())
+    assert problem.variable == "llama_cpp_source"
+
+
+def test_a_model_has_its_aliases() -> None:
+    value = sites.site()
+    value["models"][2]["aliases"] = ["Large", "L.1"]
+    models = site_model.read(value, sites.headers()).models
+    assert (models["large"].aliases, models["small"].aliases) == (("Large", "L.1"), ())
+
+
+@pytest.mark.parametrize(
+    ("managed", "lengths", "named"),
+    [
+        (True, {}, ["vault_server_key", "vault_munge_key", "vault_slurmdbd_password"]),
+        (False, {}, ["vault_server_key"]),
+        (False, {"vault_server_key": 64}, []),
+        (True, {"vault_server_key": 64, "vault_munge_key": 1025, "vault_slurmdbd_password": 32}, ["vault_munge_key"]),
+    ],
+)
+def test_secrets_are_asked_for_where_they_are_needed(managed: bool, lengths: dict[str, int], named: list[str]) -> None:
+    value = spoil(("slurm", "manage_cluster"), managed)
+    assert [problem.variable for problem in site_model.secret_problems(value, lengths)] == named
+
+
+def test_a_secret_that_is_missing_is_told_where_to_go() -> None:
+    missing, _, short = site_model.secret_problems(sites.site(), {"vault_slurmdbd_password": 8})
+    assert (missing.got, missing.wanted) == ("undefined", "a text of 32 to 1024 characters")
+    assert "`ansible-vault edit /inventory/group_vars/all/vault.yml`" in missing.cure
+    assert "vault_server_key: and what `openssl rand -hex 32` prints" in missing.cure
+    assert short.got == "8 characters"
+    assert short.wanted.endswith("while slurm_manage_cluster is true")
 
 
 def test_all_problems_are_found_in_one_go() -> None:
@@ -306,6 +409,7 @@ def test_garbage_anywhere_is_a_list_of_problems(data: st.DataObject) -> None:
 @settings(max_examples=100, deadline=None)
 def test_garbage_for_a_site_is_a_list_of_problems(value: Any, headers: Any) -> None:
     assert site_model.problems(value, headers)
+    assert site_model.secret_problems(value, {})
     site_model.read_headers(value)
 
 

@@ -39,7 +39,11 @@ def plan(place: Home, **more: Any) -> Path:
         "kind": "layer_split",
         "job_name": "llama-72b",
         "slurm": {"cpus_per_node": 2, "gpus_per_node": 1, "signal_seconds": 25},
-        "engine": {"prefix": str(place.engine.parent), "memory": str(place.root / "engine.json")},
+        "engine": {
+            "prefix": str(place.engine.parent),
+            "flash_attention": False,
+            "memory": str(place.root / "engine.json"),
+        },
         "nodes": {
             name: {
                 "address": address,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import selectors
@@ -19,8 +20,10 @@ from typing import Any
 import pytest
 
 from gleaner import events, life, line, record, supervisor
+from gleaner.engine import Manifest, sums
 from gleaner.events import Kind
 from gleaner.states import Cause, Exit
+from gleaner.supervisor import Plan, PlanError
 from tests.unit.fakes import SERVER_KEY, Home, alive, home, job_text, wait_for
 
 TIER = "fast"
@@ -41,7 +44,11 @@ def plan(place: Home, **more: Any) -> Path:
         "kind": "router",
         "job_name": "llama-14b",
         "slurm": {"cpus_per_node": 2, "gpus_per_node": 1, "signal_seconds": 25},
-        "engine": {"prefix": str(place.engine.parent), "memory": str(place.root / "engine.json")},
+        "engine": {
+            "prefix": str(place.engine.parent),
+            "flash_attention": False,
+            "memory": str(place.root / "engine.json"),
+        },
         "nodes": {"vasp-02": {"address": "127.0.0.1", "rpc_address": "127.0.0.1", "numa_node": None}},
         "server": {"node_port": place.port, "args": ["--models-max", "2"], "environment": {"EXTRA": "yes"}},
         "models": ["one", "two"],
@@ -594,6 +601,21 @@ def test_registry_gone_does_not_stop_the_server(place: Home) -> None:
 def test_wrong_plan_is_refused(place: Home, change: dict[str, Any], told: str) -> None:
     assert supervise(place, **change).wait(10) == Exit.REFUSED
     assert told in place.log("supervise")
+
+
+def test_a_plan_with_flash_attention_refuses_a_build_without(place: Home) -> None:
+    """Its kernels are stubs that trap: the first answer would abort."""
+    prefix = place.engine.parent
+    engine = {"prefix": str(prefix), "flash_attention": True, "memory": str(place.root / "engine.json")}
+    path = plan(place, engine=engine)
+    place.publish()
+    assert Plan.load(path).engine == prefix
+    built = Manifest("key", "1", "cuda", {}, "c++", "x86-64-v3", ("-DGGML_CUDA_FA=OFF",), sums(prefix))
+    built.write(prefix)
+    with pytest.raises(PlanError, match=r"built without flash attention, .*llama_cpp_flash_attention: false"):
+        Plan.load(path)
+    dataclasses.replace(built, cmake_options=("-DGGML_CUDA_FA=ON",)).write(prefix)
+    assert Plan.load(path).engine == prefix
 
 
 def test_outside_a_job_is_refused(place: Home) -> None:
