@@ -50,9 +50,10 @@ def site_problems(value: Mapping[str, Any]) -> list[dict[str, str]]:
     return [_problem(problem) for problem in plan.problems(whole, site.read_headers(whole))]
 
 
-def site_examined(value: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
+def site_examined(value: Mapping[str, Any], secrets: Mapping[str, int]) -> dict[str, list[dict[str, Any]]]:
     whole = _plain(value)
     found, plans = plan.examine(whole, site.read_headers(whole))
+    found = [*found, *site.secret_problems(whole, _plain(secrets))]
     return {"problems": [_problem(problem) for problem in found], "plans": plans}
 
 

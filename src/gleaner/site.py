@@ -59,6 +59,9 @@ class Gpu:
     memory_mib: int
     numa_node: int
     memory_used_mib: int = 0
+    # Of gres.conf, where Slurm is ours to manage.
+    cores: str | None = None
+    device: str | None = None
 
     @property
     def free_mib(self) -> int:
@@ -81,6 +84,8 @@ class Model:
     parts: tuple[Mapping[str, Any], ...]
     """Source, sha256 and size_bytes of each of its files."""
     facts: Mapping[str, Any]
+    aliases: tuple[str, ...] = ()
+    """Other names by which clients may ask for it."""
 
     @property
     def path(self) -> str:
@@ -174,11 +179,16 @@ class Site:
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _LOWER = re.compile(r"[a-z0-9][a-z0-9_-]{0,39}")
+# What others may have called their accounts, QoS and users.
+_FOREIGN = re.compile(r"[a-z0-9_][a-z0-9_.-]{0,63}")
+_FOREIGN_USER = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.@-]{0,63}")
 _JOB = re.compile(r"[a-z0-9-]{1,64}")
 _USER = re.compile(r"[a-z_][a-z0-9_-]{0,31}")
 _HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,61}[A-Za-z0-9])?")
 _MODEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _GPU = re.compile(r"[a-z0-9_]{1,64}")
+_DEVICE = re.compile(r"/dev(/[A-Za-z0-9_-][A-Za-z0-9._-]*)+")
+_CORES = re.compile(r"[0-9]{1,4}(-[0-9]{1,4})?(,[0-9]{1,4}(-[0-9]{1,4})?)*")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _VERSION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,63}")
 _ARCHITECTURE = re.compile(r"\d{2,3}[af]?(-real|-virtual)?")
@@ -188,6 +198,7 @@ _SITE_KEYS = (
     "cluster_name",
     "controller",
     "controllers",
+    "controller_address",
     "service_user",
     "shared_dir",
     "llama_cpp",
@@ -197,7 +208,20 @@ _SITE_KEYS = (
     "slurm",
     "inventory_dir",
 )
-_MODEL_KEYS = ("name", "source", "sha256", "size_bytes", "parts", "header")
+_SLURM_KEYS = (
+    "manage_cluster",
+    "ai_partition",
+    "ai_qos",
+    "ai_account",
+    "grace_seconds",
+    "preempting_qos",
+    "vasp_partition",
+    "vasp_account",
+    "vasp_users",
+)
+_NODE_KEYS = ("cluster_address", "rpc_address", "cpus", "memory_mib", "gpus", "sockets", "threads_per_core")
+_GPU_KEYS = ("model", "memory_mib", "memory_used_mib", "numa_node", "cores", "device")
+_MODEL_KEYS = ("name", "aliases", "source", "sha256", "size_bytes", "parts", "header")
 _PART_KEYS = ("source", "sha256", "size_bytes")
 _COMMON_TIER_KEYS = (
     "name",
@@ -318,6 +342,10 @@ _PLANNED_FLAGS = frozenset(
 )
 
 _TEMPLATE_CHARACTERS = 1 << 16
+# What the playbooks take from the vault, and whether it is only for a Slurm that is ours to manage.
+SECRETS = {"vault_server_key": False, "vault_munge_key": True, "vault_slurmdbd_password": True}
+# What munge takes for a key; the others are held to the same.
+_SECRET_CHARACTERS = (32, 1024)
 
 _MISSING = object()
 
@@ -412,7 +440,7 @@ class Checker:
             variable,
             value,
             "an IPv4 address",
-            "write the address itself, not a host name: a resolver may lag",
+            "write the address itself, not a host name: a resolver may lag (`ip -brief -4 address` there tells)",
         )
         return None
 
@@ -440,6 +468,7 @@ def _check_names(check: Checker, site: Mapping[str, Any]) -> None:
             f"exactly the host {controller}",
             "put the host that `controller` names, and no other, into the inventory group slurm_controller",
         )
+    check.address(site.get("controller_address", _MISSING), f"hostvars[{controller or 'CONTROLLER'}].cluster_address")
     user = check.text(
         site.get("service_user", _MISSING),
         "service_user",
@@ -473,16 +502,20 @@ def _check_names(check: Checker, site: Mapping[str, Any]) -> None:
 
 
 def _check_slurm(check: Checker, value: object) -> int | None:
-    """Checks ``slurm_ai_*`` and returns the grace."""
+    """Checks ``slurm_*`` and returns the grace."""
     slurm = check.mapping(value, "slurm")
-    check.keys(slurm, ("ai_partition", "ai_qos", "ai_account", "grace_seconds"), "slurm.")
-    check.text(
-        slurm.get("ai_partition", _MISSING),
-        "slurm_ai_partition",
-        _NAME,
-        "a Slurm partition's name",
-        "for example gpu_ai",
-    )
+    check.keys(slurm, _SLURM_KEYS, "slurm.")
+    check.flag(slurm.get("manage_cluster", _MISSING), "slurm_manage_cluster")
+    partitions: dict[Any, str] = {}
+    for key, example in (("ai_partition", "gpu_ai"), ("vasp_partition", "gpu_vasp")):
+        name = check.text(
+            slurm.get(key, _MISSING),
+            f"slurm_{key}",
+            _NAME,
+            "a Slurm partition's name",
+            f"for example {example}",
+        )
+        _check_unique(check, partitions, name, f"slurm_{key}", "a partition")
     for key, example in (("ai_qos", "ai_opportunistic"), ("ai_account", "ai")):
         check.text(
             slurm.get(key, _MISSING),
@@ -491,7 +524,35 @@ def _check_slurm(check: Checker, value: object) -> int | None:
             "a lower-case name (the accounting database folds case)",
             f"for example slurm_{key}: {example}",
         )
+    _check_paying(check, slurm)
     return check.whole(slurm.get("grace_seconds", _MISSING), "slurm_grace_seconds", STOP_SECONDS + 1, 3600, "30")
+
+
+def _check_paying(check: Checker, slurm: Mapping[str, Any]) -> None:
+    """Whose jobs take the GPUs back: their QoS, their account, and who is to be in it."""
+    cure = "for example slurm_preempting_qos: [vasp_priority]"
+    value = slurm.get("preempting_qos", _MISSING)
+    names = check.items(value, "slurm_preempting_qos", cure)
+    if not names and _sequence(value):
+        check.add("slurm_preempting_qos", value, "at least one QoS", cure)
+    for index, name in enumerate(names):
+        variable = f"slurm_preempting_qos[{index}]"
+        check.text(name, variable, _FOREIGN, "a lower-case name (the accounting database folds case)", cure)
+        if name == slurm.get("ai_qos"):
+            check.add(variable, name, "another QoS than slurm_ai_qos, which it preempts", cure)
+    account = check.text(
+        slurm.get("vasp_account", _MISSING),
+        "slurm_vasp_account",
+        _FOREIGN,
+        "the account of the paying users, whose default QoS becomes the preempting one",
+        "`sacctmgr show associations format=account,user` on the cluster tells which it is",
+    )
+    if account is not None and account == slurm.get("ai_account"):
+        check.add("slurm_vasp_account", account, "another account than slurm_ai_account", "rename one of the two")
+    if slurm.get("vasp_users") is not None:
+        cure = "list users as on the hosts; [] where the site keeps its accounts itself"
+        for index, name in enumerate(check.items(slurm["vasp_users"], "slurm_vasp_users", cure)):
+            check.text(name, f"slurm_vasp_users[{index}]", _FOREIGN_USER, "a user name", cure)
 
 
 def _check_source_url(check: Checker, value: object, variable: str) -> None:
@@ -513,7 +574,8 @@ def _check_sha256(check: Checker, value: object, variable: str, what: str) -> No
 
 def _check_engine(check: Checker, value: object) -> None:
     engine = check.mapping(value, "llama_cpp")
-    check.keys(engine, ("version", "backend", "flash_attention", "cuda_architectures", "source"), "llama_cpp.")
+    known = ("version", "backend", "flash_attention", "cuda_architectures", "source", "releases")
+    check.keys(engine, known, "llama_cpp.")
     check.text(
         engine.get("version", _MISSING),
         "llama_cpp_version",
@@ -534,6 +596,15 @@ def _check_engine(check: Checker, value: object) -> None:
             check.text(item, f"{variable}[{index}]", _ARCHITECTURE, "a CUDA architecture such as 70-real", cure)
     source = engine.get("source", _MISSING)
     if source is _MISSING or source is None or source == {}:
+        releases = [str(name) for name in check.items(engine.get("releases", []), "llama_cpp_releases")]
+        if releases and engine.get("version") not in releases:
+            check.add(
+                "llama_cpp_version",
+                engine.get("version", _MISSING),
+                f"one of llama_cpp_releases: {', '.join(releases)}",
+                "name one of them, or add its archive to llama_cpp_releases",
+            )
+            return
         check.add(
             "llama_cpp_source",
             _MISSING,
@@ -556,7 +627,8 @@ def _check_engine(check: Checker, value: object) -> None:
         )
 
 
-def _check_gpus(check: Checker, value: object, host: str) -> int | None:
+def _check_gpus(check: Checker, value: object, host: str, cores: int | None) -> int | None:
+    """Checks the GPUs of a node with so many cores, and returns how many there are."""
     if not _sequence(value):
         check.add(
             f"{host}.gpus",
@@ -566,12 +638,13 @@ def _check_gpus(check: Checker, value: object, host: str) -> int | None:
         )
         return None
     gpus = check.items(value, f"{host}.gpus")
+    devices: dict[Any, str] = {}
     for index, item in enumerate(gpus):
         variable = f"{host}.gpus[{index}]"
         gpu = check.mapping(item, variable)
         if not isinstance(item, Mapping):
             continue
-        check.keys(gpu, ("model", "memory_mib", "memory_used_mib", "numa_node"), f"{variable}.")
+        check.keys(gpu, _GPU_KEYS, f"{variable}.")
         check.text(
             gpu.get("model", _MISSING),
             f"{variable}.model",
@@ -583,7 +656,27 @@ def _check_gpus(check: Checker, value: object, host: str) -> int | None:
         if "memory_used_mib" in gpu:
             check.whole(gpu["memory_used_mib"], f"{variable}.memory_used_mib", 0, (memory or 2**31) - 1, "512")
         check.whole(gpu.get("numa_node", _MISSING), f"{variable}.numa_node", 0, 1023, "0")
+        if "cores" in gpu:
+            _check_cores(check, gpu["cores"], f"{variable}.cores", cores)
+        # As gres.conf has it where nothing is said.
+        device = gpu.get("device", f"/dev/nvidia{index}")
+        check.text(
+            device, f"{variable}.device", _DEVICE, "a device file", f"for example {variable}.device: /dev/nvidia{index}"
+        )
+        _check_unique(check, devices, device, f"{variable}.device", "a device")
     return len(gpus)
+
+
+def _check_cores(check: Checker, value: object, variable: str, cores: int | None) -> None:
+    """``Cores=`` of gres.conf: numbers of cores, not of processors, as Slurm counts them."""
+    cure = 'as text, for example cores: "0-19"; `nvidia-smi topo -m` shows the processors beside the card'
+    text = check.text(value, variable, _CORES, "cores as gres.conf has them, such as 0-19 or 0,2,4", cure)
+    for part in text.split(",") if text is not None else ():
+        first, _, last = part.partition("-")
+        if int(first) > int(last or first):
+            check.add(variable, value, f"ranges that go up, unlike {part}", cure)
+        elif cores is not None and int(last or first) >= cores:
+            check.add(variable, value, f"numbers below {cores}, which is cpus / threads_per_core", cure)
 
 
 @dataclass(frozen=True)
@@ -618,7 +711,7 @@ def _check_nodes(check: Checker, value: object) -> dict[str, _NodeFacts]:
         node = check.mapping(item, host)
         if not isinstance(item, Mapping):
             continue
-        check.keys(node, ("cluster_address", "rpc_address", "cpus", "memory_mib", "gpus"), f"{host}.")
+        check.keys(node, _NODE_KEYS, f"{host}.")
         for key in ("cluster_address", "rpc_address"):
             address = check.address(node.get(key, _MISSING), f"{host}.{key}")
             if address is None:
@@ -630,12 +723,31 @@ def _check_nodes(check: Checker, value: object) -> dict[str, _NodeFacts]:
                     f"an address of its own ({owner[address]} has this one)",
                     "correct one of them",
                 )
+        cpus = check.whole(node.get("cpus", _MISSING), f"{host}.cpus", 1, 4096, "40")
+        cores = _check_sockets(check, node, host, cpus)
         known[_word(name)] = _NodeFacts(
-            check.whole(node.get("cpus", _MISSING), f"{host}.cpus", 1, 4096, "40"),
+            cpus,
             check.whole(node.get("memory_mib", _MISSING), f"{host}.memory_mib", 1, 2**31, "384000"),
-            _check_gpus(check, node.get("gpus", _MISSING), host),
+            _check_gpus(check, node.get("gpus", _MISSING), host, cores),
         )
     return known
+
+
+def _check_sockets(check: Checker, node: Mapping[str, Any], host: str, cpus: int | None) -> int | None:
+    """Checks how a node's processors are laid out, and returns its number of cores; None where that is wrong."""
+    sockets = check.whole(node.get("sockets", 1), f"{host}.sockets", 1, 64, "2")
+    threads = check.whole(node.get("threads_per_core", 1), f"{host}.threads_per_core", 1, 16, "2")
+    if cpus is None or sockets is None or threads is None:
+        return None
+    if cpus % (sockets * threads):
+        check.add(
+            f"{host}.cpus",
+            cpus,
+            f"a multiple of {sockets * threads}, which is sockets * threads_per_core",
+            "`slurmd -C` on the node prints CPUs, SocketsPerBoard and ThreadsPerCore",
+        )
+        return None
+    return cpus // threads
 
 
 def _check_unique(check: Checker, seen: dict[Any, str], value: object, variable: str, what: str) -> None:
@@ -757,7 +869,21 @@ def _check_models(check: Checker, value: object, headers: Headers) -> set[str]:
         if name is not None:
             _check_unique(check, seen, name, f"models[{index}].name", "a name")
             names.add(name)
+        if isinstance(item, Mapping) and item.get("aliases") is not None:
+            _check_aliases(check, item["aliases"], f"models[{index}].aliases", seen)
     return names
+
+
+def _check_aliases(check: Checker, value: object, variable: str, seen: dict[Any, str]) -> None:
+    for index, alias in enumerate(check.items(value, variable, f"{variable}: [another name of this model]")):
+        name = check.text(
+            alias,
+            f"{variable}[{index}]",
+            _MODEL,
+            "letters, digits, . _ and -",
+            "write the other name that clients ask for",
+        )
+        _check_unique(check, seen, name, f"{variable}[{index}]", "a name")
 
 
 def _check_host(check: Checker, value: object, variable: str, nodes: Mapping[str, _NodeFacts]) -> str | None:
@@ -993,6 +1119,26 @@ def problems(site: object, headers: Headers) -> list[Problem]:
     return check.found
 
 
+def secret_problems(site: object, lengths: Mapping[str, int]) -> list[Problem]:
+    """What is wrong with the secrets of a site, of which no more is known here than how many characters each has."""
+    whole: Mapping[str, Any] = site if isinstance(site, Mapping) else {}
+    slurm = whole.get("slurm")
+    managed = isinstance(slurm, Mapping) and slurm.get("manage_cluster") is True
+    least, most = _SECRET_CHARACTERS
+    file = f"{whole.get('inventory_dir')}/group_vars/all/vault.yml"
+    return [
+        Problem(
+            name,
+            f"{lengths.get(name)} characters" if lengths.get(name) else "undefined",
+            f"a text of {least} to {most} characters" + (" while slurm_manage_cluster is true" if ours else ""),
+            f"`ansible-vault edit {file}` (`create` for a new one), and write there {name}: "
+            "and what `openssl rand -hex 32` prints",
+        )
+        for name, ours in SECRETS.items()
+        if (managed or not ours) and not least <= lengths.get(name, 0) <= most
+    ]
+
+
 def read_headers(site: object) -> dict[str, Mapping[str, Any] | str]:
     """The recorded header facts of each model of a site, or why they cannot be read; never raises."""
     found: dict[str, Mapping[str, Any] | str] = {}
@@ -1055,6 +1201,7 @@ def read(site: Mapping[str, Any], headers: Headers) -> Site:
                     for part in model.get("parts") or [model]
                 ),
                 facts=_facts(headers, model["name"]),
+                aliases=tuple(model.get("aliases") or ()),
             )
             for model in site["models"]
         },

@@ -23,7 +23,12 @@ MODELS = [
     }
     for name in ("strand-rust-coder-14b-q8_0", "or1-behemoth-72b-q4_k_m")
 ]
-SOURCE = {"url": "https://source.example/llama.cpp.tar.gz", "sha256": SHA256, "subdirectory": "llama.cpp"}
+NODES = ("vasp-01", "vasp-02", "vasp-03")
+ADDRESSES = {
+    "slurm-ctl": {"cluster": "10.0.0.5"},
+    **{name: {"cluster": f"10.0.0.{number}", "rpc": f"10.0.1.{number}"} for number, name in enumerate(NODES, 11)},
+}
+SECRET = "not-to-be-printed-" * 3
 
 
 def validate(inventory: Path, *more: str) -> tuple[int, str]:
@@ -40,7 +45,7 @@ def inventory(tmp_path: Path) -> Path:
     """The inventory of beefcake2 with its gaps filled."""
     copy = tmp_path / "site"
     shutil.copytree(ROOT / "inventories/beefcake2", copy)
-    override(copy, models=MODELS, llama_cpp_source=SOURCE)
+    override(copy, addresses=ADDRESSES, slurm_vasp_account="vasp", models=MODELS, vault_server_key=SECRET)
     return copy
 
 
@@ -61,11 +66,16 @@ def test_beefcake2_lacks_exactly_what_its_administrator_must_fill_in() -> None:
     status, output = validate(ROOT / "inventories/beefcake2")
     assert status != 0
     assert problems(output) == [
+        "slurm_vasp_account",
+        *(f"hostvars[{name}].{network}_address" for name in NODES for network in ("cluster", "rpc")),
         "models[0].source",
         "models[0].sha256",
         "models[1].source",
         "models[1].sha256",
+        "vault_server_key",
     ]
+    assert "hostvars[vasp-02].rpc_address = undefined; wanted an IPv4 address; cure: write the address" in output
+    assert "UNREACHABLE" not in output
 
 
 def test_beefcake2_filled_in_prints_its_plan_and_that_its_tiers_compete(inventory: Path) -> None:
@@ -82,8 +92,29 @@ def test_beefcake2_filled_in_prints_its_plan_and_that_its_tiers_compete(inventor
         assert not re.search(rf"^{host} +:", output, flags=re.MULTILINE)
 
 
+@pytest.mark.parametrize(("managed", "wanted"), [(False, 1), (True, 3)])
+def test_secrets_are_wanted_before_any_host_is_asked(inventory: Path, managed: bool, wanted: int) -> None:
+    names = ["vault_server_key", "vault_munge_key", "vault_slurmdbd_password"][:wanted]
+    override(inventory, slurm_manage_cluster=managed, vault_server_key=None)
+    status, output = validate(inventory)
+    assert status != 0
+    assert problems(output) == names
+    assert f"cure: `ansible-vault edit {inventory}/group_vars/all/vault.yml`" in output
+    override(inventory, **dict.fromkeys(names, SECRET))
+    status, output = validate(inventory, "-vvv")
+    assert status == 0, output
+    assert SECRET not in output
+    override(inventory, vault_server_key=SECRET[:31])
+    status, output = validate(inventory, "-vvv")
+    assert status != 0
+    assert "vault_server_key = 31 characters; wanted a text of 32 to 1024 characters; cure: " in output
+    assert SECRET[:31] not in output
+
+
 def test_lab_can_work() -> None:
-    status, output = validate(ROOT / "inventories/lab")
+    # In a checkout that never had a lab its secrets are not made yet.
+    secrets = dict.fromkeys(("vault_server_key", "vault_munge_key", "vault_slurmdbd_password"), SECRET)
+    status, output = validate(ROOT / "inventories/lab", "-e", json.dumps(secrets))
     assert status == 0, output
 
 
@@ -153,8 +184,7 @@ def test_an_empty_group_is_named(inventory: Path, group: str) -> None:
 
 
 def test_a_missing_host_variable_is_named_with_its_host(inventory: Path) -> None:
-    path = inventory / "group_vars/all/provide.yml"
-    path.write_text(path.read_text().replace(", rpc: 10.0.1.12", ""))
+    override(inventory, addresses={**ADDRESSES, "vasp-02": {"cluster": "10.0.0.12"}})
     status, output = validate(inventory)
     assert status != 0
     assert problems(output) == ["hostvars[vasp-02].rpc_address"]

@@ -27,7 +27,7 @@ BACK_SECONDS = 120.0
 
 
 def head_pid() -> int:
-    (pid,) = cluster.pids(HEAD, f"llama-server .*--alias {THINKING} ")
+    (pid,) = cluster.pids(HEAD, f"llama-server .*--alias {THINKING}[ ,]")
     return pid
 
 

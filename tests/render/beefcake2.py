@@ -16,6 +16,12 @@ PLUGINS = "tests/render"
 INVENTORY = "inventories/beefcake2"
 CONTROLLER, NODES = "slurm-ctl", ("vasp-01", "vasp-02", "vasp-03")
 SHA256 = "0" * 64
+ADDRESSES = {
+    name: {"cluster": f"10.0.0.{number}", "rpc": f"10.0.1.{number}"}
+    for name, number in zip((CONTROLLER, *NODES), (5, 11, 12, 13))
+}
+# What only a Slurm of our own wants.
+MANAGED_SECRETS = {"vault_munge_key": "m" * 64, "vault_slurmdbd_password": "p" * 64}
 
 
 @dataclass(frozen=True)
@@ -40,15 +46,15 @@ class Rendered:
 
 
 def provided() -> dict[str, object]:
-    """What a site has to provide (`group_vars/all/provide.yml`)."""
+    """What a site has to provide (`group_vars/all/provide.yml`); its Slurm is there already."""
     variables = yaml.safe_load((ROOT / INVENTORY / "group_vars/all/provide.yml").read_text())
     return {
+        "addresses": ADDRESSES,
+        "slurm_vasp_account": "vasp",
         "model_files": {
             name: {"source": f"https://models.example/{name}.gguf", "sha256": SHA256}
             for name in variables["model_files"]
         },
-        "vault_munge_key": "m" * 64,
-        "vault_slurmdbd_password": "p" * 64,
         "vault_server_key": "s" * 64,
     }
 
@@ -57,7 +63,8 @@ def render(folder: Path, **variables: object) -> Rendered:
     """Run site.yml over the inventory with plugins that write every file below the folder, and do nothing else."""
     folder.mkdir(parents=True, exist_ok=True)
     extra, index = folder / "provided.json", folder / "index"
-    extra.write_text(json.dumps({**provided(), **variables}))
+    secrets = MANAGED_SECRETS if variables.get("slurm_manage_cluster") else {}
+    extra.write_text(json.dumps({**provided(), **secrets, **variables}))
     done = subprocess.run(
         [
             str(Path(sys.executable).with_name("ansible-playbook")), "site.yml", "--inventory", INVENTORY,

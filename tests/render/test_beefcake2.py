@@ -11,11 +11,13 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import jinja2
 import pytest
 import yaml
 
-from gleaner import engine_build, stage
+from gleaner import engine_build, slurmconf, stage
 from tests.lab.ansible import ROOT
 from tests.render.beefcake2 import CONTROLLER, INVENTORY, NODES, Rendered
 
@@ -53,8 +55,81 @@ def test_files_are_where_the_seed_has_them(site: Rendered) -> None:
         "/etc/nginx/ai-inference/upstream-fast.conf",
         "/etc/nginx/ai-inference/upstream-reasoning.conf",
     }
-    link = "/usr/local/bin/ai-inference-upstream"
-    assert link in site.paths(CONTROLLER)
+    # The seed's name of it, with .sh, is a link to this: molecule/gateway looks for it, since links are not rendered.
+    assert "/usr/local/bin/ai-inference-upstream" in site.paths(CONTROLLER)
+
+
+def test_clients_find_both_tiers_where_the_seed_has_them(site: Rendered) -> None:
+    text = site.text(CONTROLLER, "/etc/nginx/sites-available/ai-inference")
+    listened = [re.findall(r"listen (\S+)", server) for server in text.split("\nserver {")[1:]]
+    # tailscale serve proxies to the loopback address.
+    assert listened == [[f"{address}:{port}" for address in ("127.0.0.1", "10.0.0.5")] for port in (8080, 8081)]
+    for path in ("/etc/gleaner/gateway.json", "/etc/gleaner/keeper.json"):
+        assert json.loads(site.text(CONTROLLER, path))["registry"] == f"{SHARED}/ai/endpoints"
+
+
+def test_the_reasoning_model_has_the_seeds_name_beside_its_own(site: Rendered) -> None:
+    arguments = json.loads(site.text(CONTROLLER, f"{SHARED}/ai/plans/reasoning.json"))["server"]["args"]
+    assert arguments[arguments.index("--alias") + 1] == "or1-behemoth-72b-q4_k_m,OR1-Behemoth"
+
+
+def variables(*names: str) -> dict[str, Any]:
+    """Of the inventory's files, as they are written."""
+    found: dict[str, Any] = {}
+    for name in names:
+        found |= yaml.safe_load((ROOT / INVENTORY / f"group_vars/all/{name}.yml").read_text())
+    return found
+
+
+def test_paying_jobs_come_first_as_in_the_seed(managed: Rendered) -> None:
+    given = variables("cluster", "provide", "slurm")
+    policy = slurmconf.accounting_policy(
+        {"qos": given["slurm_ai_qos"], "account": given["slurm_ai_account"], "user": given["service_user"]},
+        {"qos": given["slurm_preempting_qos"], "account": "chemistry", "users": given["slurm_vasp_users"]},
+        given["slurm_grace_seconds"],
+    )
+    assert policy["qos"] == [
+        {"name": "ai_opportunistic", "priority": 100, "grace_time_seconds": 30, "preempt_mode": "requeue"},
+        {"name": "vasp_priority", "priority": 1000, "preempt": ["ai_opportunistic"]},
+    ]
+    assert policy["accounts"][1] == {
+        "name": "chemistry", "qos": ["vasp_priority"], "default_qos": "vasp_priority",
+    }  # fmt: skip
+    lines = managed.text(CONTROLLER, "/etc/slurm/slurm.conf").splitlines()
+    partitions = [line.split() for line in lines if line.startswith("PartitionName=")]
+    assert [(words[0], "Default=YES" in words) for words in partitions] == [
+        ("PartitionName=gpu_vasp", True),
+        ("PartitionName=gpu_ai", False),
+    ]
+    assert "AllowQos=vasp_priority" in partitions[0]
+    assert "AllowQos=ai_opportunistic" in partitions[1]
+
+
+def test_a_slurm_that_is_there_needs_one_secret_and_keeps_its_own(site: Rendered) -> None:
+    """It was rendered with `vault_server_key` alone."""
+    for host in (CONTROLLER, *NODES):
+        assert not site.paths(host) & {"/etc/munge/munge.key", "/etc/slurm/slurmdbd.conf", "/etc/slurm/gres.conf"}
+
+
+def test_a_node_of_ours_has_its_sockets_and_the_cores_of_its_gpus() -> None:
+    """What validate lets an inventory say of them reaches Slurm."""
+    node = {
+        "cluster_address": "10.0.0.11", "cpus": 40, "sockets": 2, "threads_per_core": 2, "memory_mib": 384000,
+        "gpus": [{"model": "v100s", "cores": "0-9", "device": "/dev/nvidia4"}, {"model": "a100"}],
+    }  # fmt: skip
+
+    def render(name: str) -> list[str]:
+        folder = ROOT / "roles/slurm_controller/templates/etc/slurm"
+        template = jinja2.Environment(trim_blocks=True).from_string((folder / name).read_text())
+        text = template.render(slurm_controller_nodes={"vasp-01": node}, __slurm_controller_preemption={})
+        return [line for line in text.splitlines() if line.startswith("NodeName=")]
+
+    assert render("gres.conf.j2") == [
+        "NodeName=vasp-01 Name=gpu Type=v100s File=/dev/nvidia4 Cores=0-9",
+        "NodeName=vasp-01 Name=gpu Type=a100 File=/dev/nvidia1",
+    ]
+    (line,) = render("slurm.conf.j2")
+    assert " CPUs=40 Sockets=2 CoresPerSocket=10 ThreadsPerCore=2 RealMemory=384000 Gres=gpu:a100:1,gpu:v100s:1" in line
 
 
 def test_jobs_have_the_names_and_the_policy_of_the_seed(site: Rendered) -> None:
@@ -65,6 +140,10 @@ def test_jobs_have_the_names_and_the_policy_of_the_seed(site: Rendered) -> None:
         assert (directives["partition"], directives["qos"]) == ("gpu_ai", "ai_opportunistic")
         assert int(directives["nodes"]) == nodes
         assert "--requeue" in text
+        # Five seconds before the end of the grace, of 30.
+        assert directives["signal"] == "B:TERM@25"
+        assert directives["output"] == f"{SHARED}/ai/logs/%x.log"
+        assert f"\nlogs={SHARED}/ai/logs/$SLURM_JOB_ID\n" in text
 
 
 def test_rpc_takes_the_fast_network_and_http_the_other(site: Rendered) -> None:
@@ -144,6 +223,12 @@ def test_a_secret_is_in_no_file_but_its_own(managed: Rendered) -> None:
 
 def test_what_the_site_must_provide_is_in_one_file() -> None:
     """Until it is there, validate refuses the inventory: `tests/filters/test_validate.py`."""
-    found = yaml.safe_load((ROOT / INVENTORY / "group_vars/all/provide.yml").read_text())
-    assert set(found) == {"addresses", "model_files"}
+    found = variables("provide")
+    assert set(found) == {
+        "addresses", "model_files", "slurm_vasp_account", "slurm_vasp_users", "slurm_ai_account", "service_uid",
+    }  # fmt: skip
+    # The seed names no other address.
+    assert found["addresses"].pop(CONTROLLER) == {"cluster": "10.0.0.5"}
+    assert found["addresses"] == {name: {"cluster": None, "rpc": None} for name in NODES}
     assert all(entry == {"source": None, "sha256": None} for entry in found["model_files"].values())
+    assert found["slurm_vasp_account"] is None

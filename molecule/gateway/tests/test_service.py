@@ -7,7 +7,7 @@ import re
 import pytest
 
 from tests.lab import cluster
-from tests.lab.cluster import CONTROLLER, PORT, SMOLLM2, SPLIT_PORT, run
+from tests.lab.cluster import CONTROLLER, JOB_NAME, PORT, SMOLLM2, SPLIT_PORT, run
 
 
 def test_nginx_listens_where_the_inventory_says_and_nowhere_else() -> None:
@@ -43,6 +43,22 @@ def test_a_killed_daemon_comes_back(unit: str) -> None:
     cluster.wait_until(f"{unit} is back", lambda: run(CONTROLLER, pid) not in ("0", before), 20)
     cluster.watch(lambda answers: answers[-1].status == 200, refused=unit == "nginx")
     assert cluster.complete(SMOLLM2).status == 200
+
+
+def test_the_seeds_name_of_the_updater_is_the_program() -> None:
+    script = "/usr/local/bin/ai-inference-upstream.sh"
+    assert cluster.host(CONTROLLER).file(script).linked_to == script.removesuffix(".sh")
+    assert "usage: gleaner route" in run(CONTROLLER, f"{script} --help")
+    asked = cluster.host(CONTROLLER).run(f"{script} --config /dev/null")
+    assert asked.rc != 0
+    assert "/dev/null: " in f"{asked.stdout}{asked.stderr}"
+
+
+def test_the_seeds_way_to_the_logs_of_jobs_leads_there() -> None:
+    job = cluster.running_job()
+    listed = {line.split()[-1] for line in run(CONTROLLER, "ls -lt /scratch/ai/logs/").splitlines()}
+    assert {str(job.id), f"{JOB_NAME}.log"} <= listed
+    assert f"tier fast: job {job.id}" in run(CONTROLLER, f"cat /scratch/ai/logs/{job.id}/supervisor.log")
 
 
 def test_nginx_is_not_reloaded_while_nothing_changes() -> None:

@@ -12,6 +12,7 @@ from tests.lab import cluster, split
 from tests.lab.cluster import CONTROLLER, HEAD, RPC_PORT, SMOLLM2, SPLIT_JOB, SPLIT_PORT, THINKING, WORKERS, run
 
 (WORKER,) = WORKERS
+ALIAS = "OR1-Behemoth"
 MESSAGES: list[ChatCompletionMessageParam] = [
     {"role": "system", "content": "You are helpful."},
     {"role": "user", "content": "What is a GPU?"},
@@ -30,6 +31,15 @@ def test_both_tiers_serve_at_once_on_nodes_of_their_own() -> None:
     assert cluster.running_job().node == cluster.TIER_NODE
     assert cluster.complete(SMOLLM2).status == 200
     assert cluster.complete(THINKING, port=SPLIT_PORT).status == 200
+
+
+def test_the_seeds_name_of_the_model_is_answered_and_listed() -> None:
+    answer = split.client().chat.completions.create(model=ALIAS, messages=MESSAGES, max_tokens=40, temperature=0)
+    assert answer.choices[0].message.content
+    (entry,) = cluster.ask("/v1/models", port=SPLIT_PORT).json["data"]
+    assert set(entry["aliases"]) == {ALIAS, THINKING}
+    # The engine keeps a set: what comes first in ASCII is the name that its other answers have.
+    assert (entry["id"], answer.model) == (ALIAS, ALIAS)
 
 
 def test_thoughts_arrive_apart_from_the_answer() -> None:
