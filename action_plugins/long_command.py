@@ -201,7 +201,10 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible-core ships no t
                 text = "" if self._task.no_log else progress.text
                 display.display(f"  {host} | {title}: {text} {clock(look.seconds)}".replace(":  ", ": "))
         lines = log_lines(self._end(name, log))[-FAILURE_LINES:]
-        result = {"seconds": int(look.seconds), "exit_code": int(look.unit.get("ExecMainStatus") or 0)}
+        result = {"seconds": int(look.seconds)}
+        if look.unit.get("LoadState") != "not-found":
+            # systemd says 0 of a unit that it does not know.
+            result["exit_code"] = int(look.unit.get("ExecMainStatus") or 0)
         if look.succeeded:
             return result
         return {

@@ -138,9 +138,22 @@ class Config:
 # What is there
 
 
+def stays(config: Config, build: Path) -> str:
+    """Why the build in use stays although another one of its version is ordered; empty when it does not.
+
+    A person went back to it, or the tiers did, and no other version to stay with can be named in an inventory.
+    """
+    current, history = (config.root / "current").resolve().name, History.load(config.root)
+    complaint = history.complaint(build.name)
+    ours = current[: -len(build.name.rpartition("-")[2]) - 1] == config.name
+    if not config.put_to_use or config.retry or not complaint or not ours or history.complaint(current):
+        return ""
+    return f"{build.name}, {complaint}: {current} stays in use (-e llama_cpp_retry=true tries the other once more)"
+
+
 def published(config: Config, build: Path) -> bool:
-    """The build is whole, and its version's link leads to it, and the one in use if it is to be that."""
-    if not (build / "manifest.json").is_file():
+    """The build is whole, its version's link leads to it, and so does the one in use, unless that is not to be."""
+    if not (build / "manifest.json").is_file() or (config.put_to_use and History.load(config.root).move):
         return False
     links = {config.root / config.name: f".builds/{build.name}"}
     if config.put_to_use:
@@ -369,7 +382,9 @@ def build_engine(config: Config) -> None:
     compiler = config.compiler()
     key = config.key(compiler)
     build = config.builds / f"{config.name}-{key}"
-    if not published(config, build):
+    if reason := stays(config, build):
+        print(reason, flush=True)
+    elif not published(config, build):
         history = History.load(config.root)
         if (complaint := history.complaint(build.name)) and not config.retry:
             raise EngineError(
@@ -396,8 +411,13 @@ def to_do(config: Config) -> list[str]:
         return [f"{config.name} is to be built, when its compiler is there: {error}"]
     build = config.builds / f"{config.name}-{config.key(compiler)}"
     lines = []
-    if not published(config, build):
+    complaint = "" if config.retry else History.load(config.root).complaint(build.name)
+    if not stays(config, build) and not published(config, build):
         lines = [f"{config.name} is to be {'put to use' if build.exists() else 'built'}"]
+        if complaint:
+            lines = [f"{config.name} would be refused: {build.name}, {complaint}"]
+        elif config.put_to_use and (config.root / "current").exists():
+            lines.append("every tier is to be drained and started with it")
     old = surplus(config) if config.put_to_use else []
     return [*lines, *(f"{path.name} is not used any more, to be removed" for path in old)]
 

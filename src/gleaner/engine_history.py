@@ -59,9 +59,10 @@ class History:
         """EngineError when the file is there and cannot be read."""
         try:
             value = files.load_config(root / FILE)
-            trials = [Trial(*map(one.get, ("build", "at", "why", "left"))) for one in value["trials"]]
+            # An older version wrote neither what was left nor a move.
+            trials = [Trial(one["build"], one["at"], one["why"], one.get("left", False)) for one in value["trials"]]
             wrong = [one for one in trials if list(map(type, asdict(one).values())) != [str, int, str, bool]]
-            move = value["move"] and Move(**{**value["move"], "tiers": tuple(map(str, value["move"]["tiers"]))})
+            move = value.get("move") and Move(**{**value["move"], "tiers": tuple(map(str, value["move"]["tiers"]))})
         except ValueError as error:
             if not (root / FILE).exists():
                 return cls()

@@ -18,7 +18,7 @@ import time
 from typing import Any
 
 # Of the messages; agent and supervisor of one job have to have the same.
-VERSION = 4
+VERSION = 5
 BEAT_SECONDS = 1.0
 SILENCE_SECONDS = 5.0
 LINE_LIMIT = 64 << 10

@@ -21,9 +21,10 @@ POLL_SECONDS = 1.0
 ANSWER_SECONDS = 120.0
 TOKENS = 8
 
-EXIT_FAILED = 1
 EXIT_REFUSED = 2
 EXIT_UNSEEN = 3
+# Not 1, with which Python ends by itself.
+EXIT_FAILED = 4
 
 # One may be bad luck; a tier's next job is tried after a pause.
 FAILED_JOBS = 2

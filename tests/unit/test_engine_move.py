@@ -115,6 +115,35 @@ def test_going_back_twice_does_not_lead_to_what_was_left(builds: Builds) -> None
     assert builds.way_back == "one"
 
 
+def test_going_back_after_another_build_came_by_the_inventory(builds: Builds) -> None:
+    builds.move("two")
+    builds.move("one", back=True)
+    # site.yml put it to use, which leaves no trial.
+    engine.switch(builds.root / "current", ".builds/three")
+    assert builds.way_back == "one"
+
+
+def test_a_certain_build_can_be_wished_for(builds: Builds) -> None:
+    assert engine_move.way_back(builds.root, "three") == "three"
+    for wish in ("four", "../one", str(builds.root / ".builds/one")):
+        with pytest.raises(EngineError, match=r"engine_build: got .*, want one of one, three, two"):
+            engine_move.way_back(builds.root, wish)
+
+
+def test_a_build_without_the_flash_attention_of_the_plans_is_not_begun_with(builds: Builds) -> None:
+    build = builds.root / ".builds" / "two"
+    engine.Manifest("k", "2", "cuda", {}, "c++", "x", ("-DGGML_CUDA_FA=OFF",), engine.sums(build)).write(build)
+    with pytest.raises(EngineError, match="two: built without flash attention"):
+        builds.begin("two", flash_attention=True)
+    assert builds.begin("two")[0].target == "two"
+
+
+def test_a_tier_that_a_person_holds_meanwhile_is_not_waited_for(builds: Builds) -> None:
+    builds.begin("two", [line(), line("serving", 1, "reasoning")])
+    move, _ = builds.begin("two", [line(), line("held", None, "reasoning")])
+    assert move.tiers == ("fast",)
+
+
 def test_the_way_back_is_over_builds_that_answered_and_are_there(builds: Builds) -> None:
     builds.move("two")
     builds.move("three")
@@ -235,6 +264,41 @@ def test_what_the_inventory_orders_ends_an_interrupted_move(site: Site) -> None:
     assert History.load(site.root).move is None
 
 
+def test_what_the_inventory_orders_ends_a_move_away_from_it(site: Site) -> None:  # noqa: F811
+    one = site.build("1")
+    History(move=Move(one.name, "2-cpu-0", False, ("fast",))).write(site.root)
+    assert site.run("check") == EXIT_TO_DO
+    assert site.run("build") == 0
+    assert History.load(site.root).move is None
+    assert site.run("check") == 0
+
+
+def test_within_one_version_the_build_that_was_gone_back_to_stays(
+    site: Site,  # noqa: F811
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """No inventory can name it: its version is that of the other one."""
+    one, two = site.build("1"), site.build("1", cmake_options=["-DX=2"])
+    History(move=Move(two.name, one.name, True, ())).write(site.root)
+    assert site.run("end", "--root", str(site.root), "--verdict", "good", one.name) == 0
+    capsys.readouterr()
+    for action in ("check", "build"):
+        assert site.run(action) == 0
+        assert (site.root / "current").resolve() == one
+    assert f"{two.name}, from which a person went back: {one.name} stays in use" in capsys.readouterr().out
+    site.configure("1", cmake_options=["-DX=2"], retry=True)
+    assert site.run("build") == 0
+    assert (site.root / "current").resolve() == two
+
+
+def test_a_dry_run_says_what_becomes_of_the_tiers(site: Site, capsys: pytest.CaptureFixture[str]) -> None:  # noqa: F811
+    site.build("1")
+    capsys.readouterr()
+    site.configure("1", cmake_options=["-DX=2"])
+    assert site.run("check") == EXIT_TO_DO
+    assert capsys.readouterr().out == "1-cpu is to be built\nevery tier is to be drained and started with it\n"
+
+
 def test_the_way_back_stays_however_many_come_after_it(site: Site, capsys: pytest.CaptureFixture[str]) -> None:  # noqa: F811
     root = ("--root", str(site.root))
     one, two = site.build("1"), site.build("2")
@@ -281,3 +345,8 @@ def test_what_an_interrupted_run_was_removing_goes_and_is_built_again(site: Site
     assert site.run("build") == 0
     assert (one / "manifest.json").is_file()
     assert site.there == {one}
+
+
+def test_a_history_of_an_older_version_is_read(builds: Builds) -> None:
+    (builds.root / FILE).write_text('{"v": 1, "trials": [{"build": "one", "at": 1, "why": ""}]}')
+    assert builds.history.good_before(builds.root, "two") == "one"
