@@ -405,6 +405,10 @@ def yielded(controller: Controller, tier: str, since: float, asking: Asking) -> 
     )
 
 
+class NotPlayedError(RuntimeError):
+    """A case came out otherwise than it is meant: the machine had something else to do. It tells nothing."""
+
+
 def play(controller: Controller, case: str, baseline: float, budget: float) -> Round:
     """One case: a paying job comes, the tiers leave, it ends, and they are back. The drain budget is in seconds."""
     tiers = (FAST, REASONING) if case == WIDE else (FAST,)
@@ -433,7 +437,7 @@ def play(controller: Controller, case: str, baseline: float, budget: float) -> R
         if stream is not None and stream.thread is not None:
             stream.thread.join(60)
             if stream.ended <= yields[0].signalled:
-                raise RuntimeError(f"the stream was not in flight when the signal came: {stream}, {yields[0]}")
+                raise NotPlayedError(f"the stream was not in flight when the signal came: {stream}, {yields[0]}")
     return Round(
         case=case,
         job=job,

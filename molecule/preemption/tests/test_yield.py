@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Iterator
 
 import pytest
 
 from benchmarks import preemption
-from benchmarks.preemption import CASES, FAST, LONG, REASONING, SHORT, STREAMS, WIDE
+from benchmarks.preemption import CASES, FAST, LONG, REASONING, SHORT, STREAMS, WIDE, NotPlayedError
 from gleaner.events import Kind
 from tests.lab import cluster, preempt
 from tests.lab.cluster import CONTROLLER, run
+
+ATTEMPTS = 3
 
 
 @pytest.fixture(autouse=True)
@@ -32,11 +35,33 @@ def _folder() -> Iterator[None]:
     run(CONTROLLER, f"rm -r {preemption.FOLDER}")
 
 
+@pytest.fixture(scope="module")
+def preempted() -> Counter[str]:
+    """How often each tier was, in this module."""
+    return Counter()
+
+
+def tiers_of(case: str) -> tuple[str, ...]:
+    return (FAST, REASONING) if case == WIDE else (FAST,)
+
+
+def play(case: str, preempted: Counter[str]) -> tuple[dict[str, cluster.Job], preemption.Round]:
+    """The tiers' jobs before, and what was seen; once more where a short stream was over before the signal came."""
+    for attempt in range(ATTEMPTS):
+        preempt.wait_served()
+        before = {tier: preempt.tier_job(tier) for tier in tiers_of(case)}
+        preempted.update(tiers_of(case))
+        try:
+            return before, preemption.play(preempt.controller(), case, 0.0, preempt.DRAIN_SECONDS)
+        except NotPlayedError:
+            if attempt == ATTEMPTS - 1:
+                raise
+    raise AssertionError("unreachable")
+
+
 @pytest.mark.parametrize("case", CASES)
-def test_clients_are_served_or_told_and_the_tier_is_back(case: str) -> None:
-    tiers = (FAST, REASONING) if case == WIDE else (FAST,)
-    before = {tier: preempt.tier_job(tier) for tier in tiers}
-    played = preemption.play(preempt.controller(), case, 0.0, preempt.DRAIN_SECONDS)
+def test_clients_are_served_or_told_and_the_tier_is_back(case: str, preempted: Counter[str]) -> None:
+    before, played = play(case, preempted)
     assert played.wrong == ()
     if case in STREAMS:
         assert played.stream is not None
@@ -52,8 +77,8 @@ def test_clients_are_served_or_told_and_the_tier_is_back(case: str) -> None:
         assert [one.more["whole"] for one in drained] == [case != LONG]
 
 
-def test_the_ledger_has_it_all(began: float) -> None:
-    for tier, times in ((FAST, len(CASES)), (REASONING, 1)):
+def test_the_ledger_has_it_all(began: float, preempted: Counter[str]) -> None:
+    for tier, times in preempted.items():
         told = preempt.ledger(tier, f"@{int(began)}")
         assert told["preemptions"] == times
         assert told["waited"]["count"] == times
