@@ -10,7 +10,7 @@ from typing import Any
 # Ansible loads this file by its path and knows nothing of src/.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
-from gleaner import digest, plan, site, sizing, slurmconf
+from gleaner import cuda, digest, plan, site, sizing, slurmconf
 
 _NODE_VARIABLES = ("cluster_address", "rpc_address", "cpus", "memory_mib", "gpus", "sockets", "threads_per_core")
 
@@ -125,9 +125,14 @@ def slurm_accounting_policy(
     return slurmconf.accounting_policy(_plain(ai), _plain(paying), int(grace_seconds))
 
 
+def apt_driver_changes(simulated: str, packages: str, loaded: bool) -> list[str]:
+    return cuda.driver_changes(str(simulated), str(packages), bool(loaded))
+
+
 class FilterModule:
     def filters(self) -> dict[str, Any]:
         return {
+            "apt_driver_changes": apt_driver_changes,
             "memory_plan": memory_plan,
             "node_models": node_models,
             "plan_table": plan_table,

@@ -22,6 +22,7 @@ from typing import Any
 
 from gleaner import files
 
+BUILDS = ".builds"
 MANIFEST = "manifest.json"
 # With --limit the host that builds may be left out.
 CURE = "run playbooks/engine.yml without --limit"
@@ -77,6 +78,16 @@ class Manifest:
 def _inside(name: str) -> bool:
     parts = Path(name).parts
     return len(parts) > 1 and ".." not in parts and parts[0] != "/"
+
+
+def folder_of(root: Path, name: str) -> Path:
+    """Where a build is, or would be."""
+    return root / BUILDS / name
+
+
+def is_there(build: Path) -> bool:
+    """Whether a build was published: its manifest is written last, and goes with it."""
+    return (build / MANIFEST).is_file()
 
 
 def switch(link: Path, target: str) -> None:

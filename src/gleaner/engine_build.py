@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from gleaner import cuda, download, engine, engine_move, files
-from gleaner.engine import EngineError, Manifest, sums, switch, verify
+from gleaner.engine import BUILDS, EngineError, Manifest, is_there, sums, switch, verify
 from gleaner.engine_history import History
 
 CONFIG = Path("/etc/gleaner/engine.json")
@@ -106,7 +106,7 @@ class Config:
 
     @property
     def builds(self) -> Path:
-        return self.root / ".builds"
+        return self.root / BUILDS
 
     def compiler(self) -> str:
         """What the compilers call themselves; EngineError when one does not run."""
@@ -138,26 +138,30 @@ class Config:
 # What is there
 
 
-def stays(config: Config, build: Path) -> str:
+def refusal(config: Config, history: History, build: Path) -> str:
+    """Why this build is not to be put to use; empty when it may be."""
+    return "" if config.retry else history.complaint(build.name)
+
+
+def stays(config: Config, history: History, build: Path) -> str:
     """Why the build in use stays although another one of its version is ordered; empty when it does not.
 
     A person went back to it, or the tiers did, and no other version to stay with can be named in an inventory.
     """
-    current, history = (config.root / "current").resolve().name, History.load(config.root)
-    complaint = history.complaint(build.name)
+    current, complaint = (config.root / "current").resolve().name, refusal(config, history, build)
     ours = current[: -len(build.name.rpartition("-")[2]) - 1] == config.name
-    if not config.put_to_use or config.retry or not complaint or not ours or history.complaint(current):
+    if not config.put_to_use or not complaint or not ours or history.complaint(current):
         return ""
     return f"{build.name}, {complaint}: {current} stays in use (-e llama_cpp_retry=true tries the other once more)"
 
 
-def published(config: Config, build: Path) -> bool:
+def published(config: Config, history: History, build: Path) -> bool:
     """The build is whole, its version's link leads to it, and so does the one in use, unless that is not to be."""
-    if not (build / "manifest.json").is_file() or (config.put_to_use and History.load(config.root).move):
+    if not is_there(build) or (config.put_to_use and history.move):
         return False
-    links = {config.root / config.name: f".builds/{build.name}"}
+    links = {config.root / config.name: f"{BUILDS}/{build.name}"}
     if config.put_to_use:
-        links[config.root / "current"] = f".builds/{build.name}"
+        links[config.root / "current"] = f"{BUILDS}/{build.name}"
     return all(link.is_symlink() and os.readlink(link) == target for link, target in links.items())
 
 
@@ -182,13 +186,13 @@ def surplus(config: Config) -> list[Path]:
 
 
 def remove_surplus(config: Config) -> None:
-    """Remove them, and what an interrupted run was removing."""
+    """Remove them, and what an interrupted run was removing; what cannot go yet, as on NFS, goes with the next run."""
     for gone in config.builds.glob(".gone-*"):
         shutil.rmtree(gone, ignore_errors=True)
     for build in surplus(config):
         for link in config.root.iterdir():
             # Of a version that only this build had.
-            if link.is_symlink() and os.readlink(link) == f".builds/{build.name}":
+            if link.is_symlink() and os.readlink(link) == f"{BUILDS}/{build.name}":
                 link.unlink()
         # Without its name first: half a build would be taken for one.
         shutil.rmtree(build.rename(build.with_name(f".gone-{build.name}")), ignore_errors=True)
@@ -336,7 +340,7 @@ def require_libraries(prefix: Path, name: str) -> None:
 def make(config: Config, key: str, compiler: str, build: Path) -> None:
     """Compile, check, and put the build under its name."""
     with workplace(config, key) as work:
-        if not (build / engine.MANIFEST).is_file():
+        if not is_there(build):
             if build.exists():
                 # What was left of one that somebody was removing.
                 build.rename(build.with_name(f".gone-{build.name}"))
@@ -382,19 +386,19 @@ def build_engine(config: Config) -> None:
     compiler = config.compiler()
     key = config.key(compiler)
     build = config.builds / f"{config.name}-{key}"
-    if reason := stays(config, build):
+    history = History.load(config.root)
+    if reason := stays(config, history, build):
         print(reason, flush=True)
-    elif not published(config, build):
-        history = History.load(config.root)
-        if (complaint := history.complaint(build.name)) and not config.retry:
+    elif not published(config, history, build):
+        if complaint := refusal(config, history, build):
             raise EngineError(
                 f"llama_cpp_version: got {config.version}, {complaint}; "
                 "cure: name another version, or -e llama_cpp_retry=true to try this build once more"
             )
         make(config, key, compiler, build)
-        switch(config.root / config.name, f".builds/{build.name}")
+        switch(config.root / config.name, f"{BUILDS}/{build.name}")
         if config.put_to_use:
-            switch(config.root / "current", f".builds/{build.name}")
+            switch(config.root / "current", f"{BUILDS}/{build.name}")
             if history.move:
                 # What the inventory orders ends a move that was interrupted.
                 dataclasses.replace(history, move=None).write(config.root)
@@ -410,11 +414,10 @@ def to_do(config: Config) -> list[str]:
     except EngineError as error:
         return [f"{config.name} is to be built, when its compiler is there: {error}"]
     build = config.builds / f"{config.name}-{config.key(compiler)}"
-    lines = []
-    complaint = "" if config.retry else History.load(config.root).complaint(build.name)
-    if not stays(config, build) and not published(config, build):
+    lines, history = [], History.load(config.root)
+    if not stays(config, history, build) and not published(config, history, build):
         lines = [f"{config.name} is to be {'put to use' if build.exists() else 'built'}"]
-        if complaint:
+        if complaint := refusal(config, history, build):
             lines = [f"{config.name} would be refused: {build.name}, {complaint}"]
         elif config.put_to_use and (config.root / "current").exists():
             lines.append("every tier is to be drained and started with it")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from gleaner import files
-from gleaner.engine import EngineError
+from gleaner.engine import EngineError, folder_of, is_there
 
 FILE = "history.json"
 # Enough to go back over, little enough to read.
@@ -97,7 +97,7 @@ class History:
     def good_before(self, root: Path, build: str) -> str | None:
         """The build that was good most recently, other than this one, and is still there."""
         good = (one.build for one in reversed(self.trials) if one.good and one.build != build)
-        return next((name for name in good if (root / ".builds" / name / "manifest.json").is_file()), None)
+        return next((name for name in good if is_there(folder_of(root, name))), None)
 
 
 def _unreadable(root: Path, what: Any) -> str:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from gleaner import engine, keeper, status, upstream
-from gleaner.engine import EngineError, Manifest
+from gleaner.engine import EngineError, Manifest, folder_of, is_there
 from gleaner.engine_history import History, Move
 from gleaner.states import Tier
 
@@ -28,7 +28,7 @@ EXIT_NOT_THERE = 3
 def in_use(root: Path) -> str:
     """Name of the build in use. EngineError when there is none."""
     build = (root / "current").resolve()
-    if build.parent != (root / ".builds").resolve():
+    if build.parent != (root / engine.BUILDS).resolve():
         raise EngineError(f"{root / 'current'}: leads to no build: {engine.CURE}")
     return build.name
 
@@ -44,8 +44,9 @@ def begin(
     whether it answers.
     """
     history = History.load(root)
-    engine.verify(root / ".builds" / target)
-    if flash_attention and not Manifest.load(root / ".builds" / target).flash_attention:
+    build = folder_of(root, target)
+    engine.verify(build)
+    if flash_attention and not Manifest.load(build).flash_attention:
         raise EngineError(
             f"{target}: built without flash attention, with which the tiers are planned: "
             "set llama_cpp_flash_attention: false, run site.yml, and then this again"
@@ -71,6 +72,7 @@ def begin(
             f"tiers: got {states or 'none'}, want one that serves, so that it can be asked whether it answers with "
             f"{target}: wait until one does, or -e tier_engine_untried=true"
         )
+    # A job that left no link says nothing of what it runs.
     with contextlib.suppress(OSError):
         if origin in {engine.of_job(logs, line["job"]) for line in serving}:
             history = history.noted(origin)
@@ -87,7 +89,7 @@ def end(root: Path, target: str, verdict: str, why: str = "") -> bool:
     history = replace(before, move=None)
     known = verdict == GOOD and in_use(root) == target
     if verdict == GOOD:
-        engine.switch(root / "current", f".builds/{target}")
+        engine.switch(root / "current", f"{engine.BUILDS}/{target}")
         history = history.noted(target)
         if before.move and before.move.back:
             history = history.noted(before.move.origin, left=True)
@@ -105,7 +107,7 @@ def way_back(root: Path, wish: str = "") -> str:
     From a move that has not ended, where it began; after a way back that has, the one that they are back with.
     """
     if wish:
-        there = sorted(path.parent.name for path in (root / ".builds").glob(f"[!.]*/{engine.MANIFEST}"))
+        there = sorted(path.parent.name for path in (root / engine.BUILDS).glob(f"[!.]*/{engine.MANIFEST}"))
         if wish not in there:
             raise EngineError(f"engine_build: got {wish}, want one of {', '.join(there) or 'none that is there'}")
         return wish
@@ -153,10 +155,10 @@ def run(args: argparse.Namespace) -> int:
     """EngineError, OSError or ValueError when it cannot be done."""
     if args.action == "before":
         name = way_back(args.root, args.build)
-        print(json.dumps({"build": name, "version": Manifest.load(args.root / ".builds" / name).version}))
+        print(json.dumps({"build": name, "version": Manifest.load(folder_of(args.root, name)).version}))
     elif args.action == "end":
         print("noted" if end(args.root, args.build, args.verdict, args.why) else "known")
-    elif args.dry_run and not (args.root / ".builds" / args.build / engine.MANIFEST).is_file():
+    elif args.dry_run and not is_there(folder_of(args.root, args.build)):
         print(f"{args.build} is not there yet", file=sys.stderr)
         return EXIT_NOT_THERE
     else:

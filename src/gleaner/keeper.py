@@ -122,6 +122,11 @@ class TierState:
     mute: bool = False
     """That run had never given a sign of life, nor has one since."""
 
+    def forgive(self) -> None:
+        """What went wrong before does not count any more."""
+        self.failures = self.claims = 0
+        self.failure = ""
+
 
 def load_state(path: Path) -> dict[str, TierState]:
     """The state file's tiers; a file that cannot be understood is said and starts anew."""
@@ -364,8 +369,7 @@ class Keeper:
         running = [job for job in living if job.state not in WAITING_STATES]
         being_held = state.held and state.ending
         state.held = said.wish is Wish.HELD
-        state.failures = state.claims = 0
-        state.failure = ""
+        state.forgive()
         self.not_before.pop(name, None)
         if state.held:
             # Also of a job that completes: it may be one that comes back, since it was preempted.
@@ -411,8 +415,7 @@ class Keeper:
         self.changes.say(tier.tier, f"{tier.tier}: job {job.id} is {job.state.lower()}{where}{reason}")
         if job.state == "RUNNING":
             if job.run_seconds >= GOOD_RUN_SECONDS:
-                state.failures = state.claims = 0
-                state.failure = ""
+                state.forgive()
             self._look_for_life(tier, state, job)
             return
         if job.state != "PENDING":
@@ -649,8 +652,7 @@ class Keeper:
         state.why = state.why if state.held else ""
         self.told.pop(job_id, None)
         if end.good_run or outdated:
-            state.failures = state.claims = 0
-            state.failure = ""
+            state.forgive()
         if end.failed and not done:
             if not end.lost:
                 state.failure = f"job {job_id} ended: {end.words}"

@@ -127,8 +127,8 @@ def wait(config: upstream.Config, state: Path, host: str, tiers: list[str], buil
     left = [Watched(name, ports[name], str(lines[name]["failure"] or "") or None) for name in tiers]
     logs = config.registry.parent / "logs"
     began = before = time.monotonic()
-    while left:
-        lines, now = _lines(config, state), time.monotonic()
+    while True:
+        now = time.monotonic()
         for one in list(left):
             told, good = look(one, lines[one.name], host, logs, build)
             if told != one.told:
@@ -140,12 +140,14 @@ def wait(config: upstream.Config, state: Path, host: str, tiers: list[str], buil
                 one.seconds += now - before
             if one.seconds >= seconds or len(one.failures) >= FAILED_JOBS:
                 return Verdict(failed=(f"{one.name} did not answer in {one.seconds:.0f} s: {one.why}",))
+        if not left:
+            return Verdict()
         held = [one for one in left if one.told.startswith(Tier.HELD.value)]
-        if left and (now - began >= PATIENCE * seconds or held == left):
+        if now - began >= PATIENCE * seconds or held == left:
             return Verdict(unseen=tuple(f"{one.name} could not be asked: {one.why}" for one in left))
         before = now
-        time.sleep(POLL_SECONDS if left else 0)
-    return Verdict()
+        time.sleep(POLL_SECONDS)
+        lines = _lines(config, state)
 
 
 def _lines(config: upstream.Config, state: Path) -> dict[str, dict[str, object]]:

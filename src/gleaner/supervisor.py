@@ -111,8 +111,9 @@ class Plan:
     def _from(cls, value: dict[str, Any]) -> Plan:
         server, worker = value["server"], None
         build = Path(value["engine"]["prefix"]).resolve()
+        manifest = engine.Manifest.load(build)
         # Not in a plan of an older version.
-        if value["engine"].get("flash_attention") and not engine.Manifest.load(build).flash_attention:
+        if value["engine"].get("flash_attention") and not manifest.flash_attention:
             raise PlanError(
                 f"{build}: built without flash attention, with which the tier {value['tier']} is planned: its first "
                 "answer would abort: run playbooks/engine.yml, or set llama_cpp_flash_attention: false"

@@ -6,6 +6,8 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,12 +49,35 @@ def surroundings(cwd: Path = ROOT) -> dict[str, str]:
     }
 
 
+def command(name: str, *arguments: str) -> list[str]:
+    return [str(Path(sys.executable).with_name("ansible-playbook")), "-i", "inventories/lab", name, *arguments]
+
+
+@contextmanager
+def started(name: str, *arguments: str) -> Iterator[subprocess.Popen[str]]:
+    """A playbook that runs meanwhile; killed with the block, if it still does."""
+    with subprocess.Popen(
+        command(name, *arguments),
+        cwd=ROOT,
+        env={**surroundings(), "GLEANER_LAB_ID": LAB_ID},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        stdin=subprocess.DEVNULL,
+        text=True,
+        start_new_session=True,
+    ) as play:
+        try:
+            yield play
+        finally:
+            play.kill()
+
+
 def playbook(
     name: str, *arguments: str, lab: str = LAB_ID, cwd: Path = ROOT, timeout: int = 600, **environment: str
 ) -> Run:
     """Run a playbook of the project; the exit code is the caller's to judge."""
     done = subprocess.run(
-        [str(Path(sys.executable).with_name("ansible-playbook")), "-i", "inventories/lab", name, *arguments],
+        command(name, *arguments),
         cwd=cwd,
         env={**surroundings(cwd), "GLEANER_LAB_ID": lab, **environment},
         stdout=subprocess.PIPE,

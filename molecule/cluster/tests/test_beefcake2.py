@@ -107,11 +107,13 @@ def as_there(host: str, command: str, spoil: str = "") -> tuple[int, str]:
 
 def start(program: str, until: str, spoil: str = "", then: str = "") -> str:
     """What a daemon of the controller says until it has said this or fails, and what a command says after that."""
+    # One that says neither within that time (124) is judged by what it said.
+    told = shlex.quote(f"until grep -Eq '{until}|fatal:' /run/said; do sleep 0.05; done")
     command = f"""
         {MUNGED}
         install --directory --owner=slurm /var/lib/slurm/slurmctld
         {program} >/run/said 2>&1 &
-        timeout 20 sh -c {shlex.quote(f"until grep -Eq '{until}|fatal:' /run/said; do sleep 0.05; done")} || true
+        timeout 20 sh -c {told} || [ $? = 124 ]
         cat /run/said
         {then}
     """
