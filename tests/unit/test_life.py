@@ -106,7 +106,7 @@ def test_stop_does_not_wait_for_a_registry_that_hangs(tmp_path: Path, monkeypatc
     pulse.start()
     began = time.monotonic()
     pulse.stop(0.2)
-    assert time.monotonic() - began < 1.0
+    assert time.monotonic() - began < 5.0
     answer.set()
 
 
@@ -141,13 +141,13 @@ def test_look_does_not_wait_for_a_registry_that_hangs(
         answer.wait(10)
         return genuine(registry, tier)
 
-    monkeypatch.setattr(life, "LOOK_SECONDS", 0.1)
+    monkeypatch.setattr(life, "LOOK_SECONDS", 1.0)
     monkeypatch.setattr(life, "read", hang)
     look = life.Look(tmp_path)
     assert look.signs(["fast"]) == {}
     began = time.monotonic()
     assert look.signs(["fast"]) == {}
-    assert time.monotonic() - began < 0.1, "waited for the same answer again"
+    assert time.monotonic() - began < 1.0, "waited for the same answer again"
     assert asked == ["fast"]
     answer.set()
     assert wait_for(lambda: look.signs(["fast"]) == {"fast": None})

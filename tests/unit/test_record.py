@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import stat
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -242,11 +243,13 @@ def test_withdraw_does_not_wait_for_a_hanging_registry(tmp_path: Path, monkeypat
     publisher.publish(GOOD)
     wait_for(lambda: seq_of(tmp_path))
 
+    answer = threading.Event()
+
     def hang(*_: object) -> bool:
-        time.sleep(2)
-        return True
+        return answer.wait(10)
 
     monkeypatch.setattr(record, "remove", hang)
     began = time.monotonic()
     assert not publisher.withdraw(0.3)
-    assert time.monotonic() - began < 1.0
+    assert time.monotonic() - began < 5.0
+    answer.set()

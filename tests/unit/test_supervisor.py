@@ -155,7 +155,7 @@ def test_server_killed_is_withdrawn_and_restarted(place: Home) -> None:
     wait_for(lambda: served(place))
     place.set(place.server / "loading")
     os.kill(place.started[0]["pid"], signal.SIGKILL)
-    wait_for(lambda: served(place) is None, 1.0)
+    wait_for(lambda: served(place) is None)
     old_child = int((place.server / "child").read_text())
     wait_for(lambda: len(place.started) == 2)
     assert not alive(old_child), "a router's child outlived its router"
@@ -191,14 +191,12 @@ def test_server_that_keeps_dying_fails_the_job(
 
 
 def test_preempted_idle_yields_at_once(place: Home) -> None:
-    child = supervise(place)
+    child = supervise(place, drain_seconds=60)
     wait_for(lambda: served(place))
     place.set(place.slurm / "job", job_text(preempted="2026-11-24T01:10:00"))
-    began = time.monotonic()
     os.kill(child.pid, signal.SIGTERM)
-    wait_for(lambda: served(place) is None, 1.0)
-    assert child.wait(10) == Exit.STOPPED
-    assert time.monotonic() - began < 2.0
+    wait_for(lambda: served(place) is None)
+    assert child.wait(10) == Exit.STOPPED, "waited for its budget"
     assert place.calls_of("scontrol requeue") == ["scontrol requeue 41"]
     assert nothing_left(place)
 
@@ -260,18 +258,16 @@ def test_a_signal_that_came_before_it_could_be_heard(place: Home) -> None:
 
 
 def test_preempted_busy_drains_first(place: Home) -> None:
-    child = supervise(place)
+    child = supervise(place, drain_seconds=60)
     wait_for(lambda: served(place))
     place.set(place.server / "busy")
     place.set(place.slurm / "job", job_text(preempted="2026-11-24T01:10:00"))
     os.kill(child.pid, signal.SIGTERM)
-    wait_for(lambda: served(place) is None, 1.0)
+    wait_for(lambda: served(place) is None)
     time.sleep(1.0)
     assert healthy(place), "the stream in flight was cut"
     (place.server / "busy").unlink()
-    began = time.monotonic()
-    assert child.wait(10) == Exit.STOPPED
-    assert time.monotonic() - began < 1.5
+    assert child.wait(10) == Exit.STOPPED, "waited for its budget"
     assert len(place.calls_of("scontrol requeue")) == 1
 
 
@@ -365,19 +361,17 @@ def test_drain_ends_with_its_budget(place: Home) -> None:
     began = time.monotonic()
     os.kill(child.pid, signal.SIGTERM)
     assert child.wait(10) == Exit.STOPPED
-    assert 1.0 < time.monotonic() - began < 2.0, "more than a second beyond the budget"
+    assert time.monotonic() - began > 1.0, "less than its budget"
     assert nothing_left(place)
 
 
 def test_cancelled_never_requeues_nor_drains(place: Home) -> None:
-    child = supervise(place)
+    child = supervise(place, drain_seconds=60)
     wait_for(lambda: served(place))
     place.set(place.server / "busy")
     place.set(place.slurm / "job", job_text(state="COMPLETING"))
-    began = time.monotonic()
     os.kill(child.pid, signal.SIGTERM)
-    assert child.wait(10) == Exit.STOPPED
-    assert time.monotonic() - began < 2.0
+    assert child.wait(10) == Exit.STOPPED, "drained"
     assert not place.calls_of("scontrol requeue")
     assert "cancelled" in place.log("supervise")
 
@@ -412,7 +406,7 @@ def test_told_to_yield_by_the_keeper_drains_and_leaves_without_requeue(place: Ho
     place.set(place.server / "busy")
     place.set(place.slurm / "job", job_text(comment=f"gleaner:0123456789abcdef {cause}"))
     os.kill(child.pid, signal.SIGTERM)
-    wait_for(lambda: served(place) is None, 1.0)
+    wait_for(lambda: served(place) is None)
     time.sleep(1.0)
     assert healthy(place), "the stream in flight was cut"
     (place.server / "busy").unlink()
@@ -502,7 +496,8 @@ def test_agent_killed_takes_the_tier_down(place: Home) -> None:
     os.kill(agents_of(place)[0], signal.SIGKILL)
     assert child.wait(10) == Exit.AGENT_LOST
     assert served(place) is None
-    assert not alive(place.started[0]["pid"])
+    # Killed by the kernel at its parent's death, which nobody waits for here.
+    wait_for(lambda: not alive(place.started[0]["pid"]))
 
 
 def test_frozen_agent_takes_the_tier_down(place: Home) -> None:
@@ -512,7 +507,7 @@ def test_frozen_agent_takes_the_tier_down(place: Home) -> None:
     os.kill(agent, signal.SIGSTOP)
     began = time.monotonic()
     assert child.wait(20) == Exit.AGENT_LOST
-    assert 4.0 < time.monotonic() - began < 10.0
+    assert time.monotonic() - began > 4.0
     assert served(place) is None
 
 
