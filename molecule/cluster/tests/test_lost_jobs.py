@@ -11,6 +11,7 @@ from tests.lab.ansible import succeed
 from tests.lab.cluster import CONTROLLER, Job, run
 
 NODE = "vasp-03"
+BOOKS = "/var/lib/slurm/slurmctld/job_state"
 ONLY = ("playbooks/cluster.yml", "--limit", NODE, "--tags", "slurm_node")
 
 
@@ -29,8 +30,10 @@ def lost() -> Iterator[Job]:
     """A job whose node and whose controller were both without power for a moment."""
     number = cluster.submit(f"-p gpu_vasp --nodelist={NODE} --requeue --wrap='sleep 600'")
     before = cluster.wait_until("it runs", lambda: one if (one := job(number)) and one.state == "RUNNING" else None)
-    # slurmctld writes its state down now and then.
-    cluster.wait_until("it is in slurmctld's books", lambda: age(number) > 12)
+    # slurmctld writes its state down some seconds after a change, later on a machine whose disk is busy.
+    run(CONTROLLER, f"touch /run/it-runs && scontrol update JobId={number} Comment=books")
+    cluster.wait_until("it is in slurmctld's books", lambda: run(CONTROLLER, f"find {BOOKS} -newer /run/it-runs"))
+    cluster.wait_until("slurmctld has nothing more to write", lambda: age(number) > 12)
     # The tier that has this node, too, goes on.
     run(NODE, f"systemctl stop slurmd && pkill -KILL --full 'slurmstepd: .{number}[.]' && pkill -KILL -u alice")
     run(CONTROLLER, "systemctl kill --signal=KILL slurmctld && systemctl restart slurmctld")
