@@ -361,7 +361,7 @@ def test_drain_ends_with_its_budget(place: Home) -> None:
     began = time.monotonic()
     os.kill(child.pid, signal.SIGTERM)
     assert child.wait(10) == Exit.STOPPED
-    assert time.monotonic() - began > 1.0, "less than its budget"
+    assert 1.0 < time.monotonic() - began < 2.0, "more than a second beyond the budget"
     assert nothing_left(place)
 
 
@@ -507,7 +507,7 @@ def test_frozen_agent_takes_the_tier_down(place: Home) -> None:
     os.kill(agent, signal.SIGSTOP)
     began = time.monotonic()
     assert child.wait(20) == Exit.AGENT_LOST
-    assert time.monotonic() - began > 4.0
+    assert 4.0 < time.monotonic() - began < 10.0
     assert served(place) is None
 
 
