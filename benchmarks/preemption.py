@@ -405,13 +405,18 @@ def yielded(controller: Controller, tier: str, since: float, asking: Asking) -> 
     )
 
 
+def tiers_of(case: str) -> tuple[str, ...]:
+    """Which tiers have to leave in this case."""
+    return (FAST, REASONING) if case == WIDE else (FAST,)
+
+
 class NotPlayedError(RuntimeError):
     """A case came out otherwise than it is meant: the machine had something else to do. It tells nothing."""
 
 
 def play(controller: Controller, case: str, baseline: float, budget: float) -> Round:
     """One case: a paying job comes, the tiers leave, it ends, and they are back. The drain budget is in seconds."""
-    tiers = (FAST, REASONING) if case == WIDE else (FAST,)
+    tiers = tiers_of(case)
     wait_served(controller, tiers)
     # Measured each time: the machine may be faster now, and the stream over before the paying job comes.
     tokens = short_tokens(controller.address, budget) if case == SHORT else LONG_TOKENS
@@ -597,7 +602,7 @@ def main() -> int:
             # Who comes later finds warmer caches, so each case is first in its turn.
             shift = number % len(CASES)
             for case in CASES[shift:] + CASES[:shift]:
-                baseline = idle[(FAST, REASONING) if case == WIDE else (FAST,)]
+                baseline = idle[tiers_of(case)]
                 try:
                     one = play(controller, case, baseline, budget)
                 except FAILURES as error:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 from benchmarks import preemption
-from benchmarks.preemption import CASES, FAST, LONG, REASONING, SHORT, STREAMS, WIDE, NotPlayedError
+from benchmarks.preemption import CASES, LONG, SHORT, STREAMS, NotPlayedError, tiers_of
 from gleaner.events import Kind
 from tests.lab import cluster, preempt
 from tests.lab.cluster import CONTROLLER, run
@@ -39,10 +39,6 @@ def _folder() -> Iterator[None]:
 def preempted() -> Counter[str]:
     """How often each tier was, in this module."""
     return Counter()
-
-
-def tiers_of(case: str) -> tuple[str, ...]:
-    return (FAST, REASONING) if case == WIDE else (FAST,)
 
 
 def play(case: str, preempted: Counter[str]) -> tuple[dict[str, cluster.Job], preemption.Round]:
