@@ -14,9 +14,9 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any, Union
+from typing import Any, Optional, Union
 
-from gleaner import gguf, model_files
+from gleaner import gguf, model_files, tailnet
 
 RPC_PORT = 50052
 # Where nodes lend each other models.
@@ -166,6 +166,7 @@ class Site:
     nodes: Mapping[str, Node]
     models: Mapping[str, Model]
     tiers: Mapping[str, Tier]
+    tailnet: Optional[tailnet.Tailnet] = None
 
     def models_of(self, tier: Tier) -> tuple[Model, ...]:
         """What a tier serves; a router tier without ``models`` serves all that no layer-split tier names."""
@@ -206,6 +207,8 @@ _SITE_KEYS = (
     "models",
     "tiers",
     "slurm",
+    "tailnet",
+    "gateway_listen",
     "inventory_dir",
 )
 _SLURM_KEYS = (
@@ -1116,7 +1119,43 @@ def problems(site: object, headers: Headers) -> list[Problem]:
     nodes = _check_nodes(check, whole.get("nodes", _MISSING))
     models = _check_models(check, whole.get("models", _MISSING), headers)
     _check_tiers(check, whole.get("tiers", _MISSING), nodes, models, grace)
+    if whole.get("tailnet") is not None:
+        tailnet.examine(check, whole["tailnet"], gateway_ports(whole))
+    if whole.get("gateway_listen") is not None:
+        _check_listen(check, whole["gateway_listen"], whole.get("tailnet") is not None)
     return check.found
+
+
+def gateway_ports(site: Mapping[str, Any]) -> dict[str, int]:
+    """The port of the gateway of each tier whose name and port can be read."""
+    tiers = site.get("tiers")
+    return {
+        tier["name"]: tier["gateway_port"]
+        for tier in (tiers if _sequence(tiers) else ())
+        if isinstance(tier, Mapping) and isinstance(tier.get("name"), str) and _whole(tier.get("gateway_port"))
+    }
+
+
+def _check_listen(check: Checker, value: object, behind_tailnet: bool) -> None:
+    """Where nginx listens: addresses by name, never all that the host has or will have."""
+    cure = 'for example gateway_listen: ["127.0.0.1", "{{ cluster_address }}"]'
+    addresses = check.items(value, "gateway_listen", cure)
+    for index, item in enumerate(addresses):
+        variable = f"gateway_listen[{index}]"
+        try:
+            address = ipaddress.ip_address(item.strip("[]") if isinstance(item, str) else "")
+            bracketed = f"[{address}]" if address.version == 6 else str(address)
+        except ValueError:
+            check.add(variable, item, "an address of the controller, IPv6 in brackets", cure)
+            continue
+        if item != bracketed:
+            check.add(variable, item, f"it as {bracketed}", cure)
+        elif address.is_unspecified:
+            check.add(variable, item, "single addresses: this is every interface, that of the tailnet, too", cure)
+    if _sequence(value) and not addresses:
+        check.add("gateway_listen", value, "at least one address", cure)
+    elif behind_tailnet and _sequence(value) and "127.0.0.1" not in addresses:
+        check.add("gateway_listen", value, "127.0.0.1 among them, to which tailscale serve leads", cure)
 
 
 def secret_problems(site: object, lengths: Mapping[str, int]) -> list[Problem]:
@@ -1206,6 +1245,7 @@ def read(site: Mapping[str, Any], headers: Headers) -> Site:
             for model in site["models"]
         },
         tiers={tier["name"]: _tier(tier) for tier in site["tiers"]},
+        tailnet=None if site.get("tailnet") is None else tailnet.read(site["tailnet"], gateway_ports(site)),
     )
 
 

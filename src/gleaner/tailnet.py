@@ -1,35 +1,54 @@
-"""Who on the tailnet may ask the gateway: the policy file of a site, from its inventory.
+"""The way in from a tailnet: which path leads to which tier, and the policy file that says who may ask.
 
-A tailnet's policy is made of grants, which only ever add. A grant admits to a port of the gateway's host and cannot tell
-paths apart: tiers that differ in who may ask them differ by a port of their own, or by an app capability, which
+A policy is made of grants, which only ever add. A grant admits to a port of the gateway's host and cannot tell paths
+apart: tiers that differ in who may ask them differ by a port of their own, or by an app capability, which
 `tailscale serve` hands to the gateway in a header (https://tailscale.com/docs/features/access-control/grants).
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-# What a new tailnet begins with. As long as it stands, every other rule is in vain.
+if TYPE_CHECKING:
+    from gleaner.site import Checker
+
+# What a new tailnet begins with, in the new and in the old form. As long as it stands, every other rule is in vain.
 ALLOW_ALL = (
-    {"src": ["*"], "dst": ["*"], "ip": ["*"]},
-    {"action": "accept", "src": ["*"], "dst": ["*:*"]},
+    {"grants": [{"src": ["*"], "dst": ["*"], "ip": ["*"]}]},
+    {"acls": [{"action": "accept", "src": ["*"], "dst": ["*:*"]}]},
 )
-SSH_PORT = 22
+HTTPS_PORT, HTTP_PORT = 443, 80
+
+_HOSTNAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
+_DOMAIN = re.compile(r"([a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?\.)+[a-z0-9-]{2,63}")
+_MOUNT = re.compile(r"/([A-Za-z0-9_~-][A-Za-z0-9._~-]*/)*")
+_TAG = re.compile(r"tag:[A-Za-z][A-Za-z0-9-]{0,62}")
+_GROUP = re.compile(r"group:[A-Za-z0-9][A-Za-z0-9._@-]{0,127}")
+# headscale's users that no identity provider knows end with the @.
+_USER = re.compile(r"[A-Za-z0-9._%+-]{1,64}@[A-Za-z0-9.-]{0,128}")
+_AUTOGROUP = re.compile(r"autogroup:[a-z-]{1,32}")
+_CAPABILITY = re.compile(r"([a-z0-9-]+\.)+[a-z]{2,}/[A-Za-z0-9._-]+(/[A-Za-z0-9._-]+)*")
+
+_KEYS = ("hostname", "domain", "https", "tag", "tag_owners", "groups", "paths", "access", "outsiders")
+_PATH_KEYS = ("path", "tier", "port", "capability")
+_ACCESS_KEYS = ("who", "tiers")
 
 
 @dataclass(frozen=True)
 class Path:
-    """One tier on the tailnet."""
+    """One way to a tier."""
 
     tier: str
     mount: str
+    """What is stripped from requests: ``/reasoning/v1/models`` becomes ``/v1/models``."""
     port: int
     target: str
-    capability: str
-    """Empty where whoever reaches the port may ask."""
+    capability: str = ""
+    """Without it the gateway refuses who comes this way; empty where whoever reaches the port may ask."""
 
 
 @dataclass(frozen=True)
@@ -37,69 +56,271 @@ class Access:
     """Who may ask which tiers."""
 
     who: tuple[str, ...]
-    """Selectors of the policy: ``alice@example.com``, ``group:ai``, ``tag:ci``, ``autogroup:member``."""
+    """Selectors of the policy: ``alice@example.com``, ``group:ai-users``, ``tag:ci``, ``autogroup:member``."""
     tiers: tuple[str, ...]
-    examples: tuple[str, ...]
-    """Users or tags who are to be admitted, for the policy's own tests."""
 
 
-def grants(tag: str, paths: Sequence[Path], access: Sequence[Access]) -> list[dict[str, Any]]:
-    """The grants, one for each set of people and port."""
+@dataclass(frozen=True)
+class Tailnet:
+    hostname: str
+    domain: str
+    https: bool
+    tag: str
+    tag_owners: tuple[str, ...]
+    groups: Mapping[str, tuple[str, ...]]
+    paths: tuple[Path, ...]
+    access: tuple[Access, ...]
+    outsiders: tuple[str, ...] = ()
+    """Users and tags whom the policy's own tests are to find refused."""
+
+    @property
+    def host(self) -> str:
+        return f"{self.hostname}.{self.domain}"
+
+    def url(self, path: Path) -> str:
+        """Where a tier is for clients of the tailnet, with a slash at its end."""
+        scheme, usual = ("https", HTTPS_PORT) if self.https else ("http", HTTP_PORT)
+        return f"{scheme}://{self.host}{'' if path.port == usual else f':{path.port}'}{path.mount}"
+
+
+def examine(check: Checker, value: object, ports: Mapping[str, object]) -> None:
+    """Everything that is wrong with the variable ``tailnet``; ``ports`` has each tier's port of the gateway."""
+    net = check.mapping(value, "tailnet")
+    if not isinstance(value, Mapping):
+        return
+    check.keys(net, _KEYS, "tailnet.")
+    check.text(
+        net.get("hostname"),
+        "tailnet.hostname",
+        _HOSTNAME,
+        "the controller's name on the tailnet, in lower case",
+        "for example hostname: slurm-ctl",
+    )
+    check.text(
+        net.get("domain"),
+        "tailnet.domain",
+        _DOMAIN,
+        "the tailnet's own domain",
+        "the admin console shows it under DNS, for example domain: tail0000.ts.net",
+    )
+    check.flag(net.get("https", True), "tailnet.https")
+    check.text(
+        net.get("tag"),
+        "tailnet.tag",
+        _TAG,
+        "the tag of the auth key, by which the policy knows the gateway",
+        "for example tag: tag:llm-gateway",
+    )
+    for index, owner in enumerate(check.items(net.get("tag_owners", ["autogroup:admin"]), "tailnet.tag_owners")):
+        _check_selector(check, owner, f"tailnet.tag_owners[{index}]")
+    _check_groups(check, net.get("groups"))
+    _check_paths(check, net, ports)
+    served = [path.get("tier") for path in _mappings(net.get("paths"))]
+    for index, item in enumerate(check.items(net.get("access"), "tailnet.access")):
+        _check_access(check, item, f"tailnet.access[{index}]", net, served)
+    for index, who in enumerate(check.items(net.get("outsiders") or [], "tailnet.outsiders")):
+        _check_selector(check, who, f"tailnet.outsiders[{index}]", (_USER, _TAG))
+
+
+def _mappings(value: object) -> list[Mapping[str, Any]]:
+    return [item for item in value if isinstance(item, Mapping)] if isinstance(value, list) else []
+
+
+def _check_selector(
+    check: Checker,
+    value: object,
+    variable: str,
+    kinds: Sequence[re.Pattern[str]] = (_USER, _GROUP, _TAG, _AUTOGROUP),
+) -> None:
+    if not (isinstance(value, str) and any(kind.fullmatch(value) for kind in kinds)):
+        examples = {
+            _USER: "alice@example.com",
+            _GROUP: "group:ai-users",
+            _TAG: "tag:ci",
+            _AUTOGROUP: "autogroup:member",
+        }
+        wanted = ", ".join(examples[kind] for kind in kinds)
+        check.add(variable, value, f"a user, group or tag as the policy has them: {wanted}", "write it in that form")
+
+
+def _check_groups(check: Checker, value: object) -> None:
+    groups = check.mapping(value, "tailnet.groups") if value is not None else {}
+    for name, members in groups.items():
+        variable = f"tailnet.groups[{name}]"
+        if not (isinstance(name, str) and _GROUP.fullmatch(name)):
+            check.add(variable, name, "a name such as group:ai-users", "begin it with group:")
+        people = check.items(members, variable, "list its users: [alice@example.com]")
+        if isinstance(members, list) and not people:
+            check.add(variable, members, "at least one user", "a group of nobody admits nobody: list its users")
+        for index, who in enumerate(people):
+            _check_selector(check, who, f"{variable}[{index}]", (_USER,))
+
+
+def _check_paths(check: Checker, net: Mapping[str, Any], ports: Mapping[str, object]) -> None:
+    usual = HTTPS_PORT if net.get("https", True) is True else HTTP_PORT
+    cure = "for example paths: [{path: /, tier: fast}, {path: /reasoning/, tier: reasoning}]"
+    paths = check.items(net.get("paths"), "tailnet.paths", cure)
+    seen: dict[tuple[object, object], str] = {}
+    for index, item in enumerate(paths):
+        prefix = f"tailnet.paths[{index}]"
+        path = check.mapping(item, prefix)
+        if not isinstance(item, Mapping):
+            continue
+        check.keys(path, _PATH_KEYS, f"{prefix}.")
+        mount = check.text(
+            path.get("path"),
+            f"{prefix}.path",
+            _MOUNT,
+            "a path that begins and ends with /",
+            "for example path: /reasoning/",
+        )
+        if not isinstance(path.get("tier"), str) or path.get("tier") not in ports:
+            wanted = f"one of the tiers {', '.join(sorted(ports))}"
+            check.add(f"{prefix}.tier", path.get("tier"), wanted, "name a tier of the inventory")
+        port = check.whole(path.get("port", usual), f"{prefix}.port", 1, 65535, str(usual))
+        if path.get("capability") is not None:
+            cure = "a name below a domain of your own, for example capability: example.com/cap/reasoning"
+            name = check.text(path["capability"], f"{prefix}.capability", _CAPABILITY, "an app capability", cure)
+            if name is not None and name.split("/")[0].endswith("tailscale.com"):
+                check.add(f"{prefix}.capability", name, "one that is not Tailscale's own", cure)
+        if mount is not None and port is not None:
+            if (port, mount) in seen:
+                free = f"another path or port than {seen[port, mount]}"
+                check.add(prefix, f"{mount} on port {port}", free, "each path leads to one tier")
+            seen[port, mount] = prefix
+
+
+def _check_access(check: Checker, item: object, prefix: str, net: Mapping[str, Any], served: Sequence[object]) -> None:
+    entry = check.mapping(item, prefix)
+    if not isinstance(item, Mapping):
+        return
+    check.keys(entry, _ACCESS_KEYS, f"{prefix}.")
+    groups = net.get("groups") or {}
+    for index, who in enumerate(check.items(entry.get("who"), f"{prefix}.who")):
+        _check_selector(check, who, f"{prefix}.who[{index}]")
+        if isinstance(who, str) and _GROUP.fullmatch(who) and isinstance(groups, Mapping) and who not in groups:
+            check.add(f"{prefix}.who[{index}]", who, "a group of tailnet.groups", f"list its users there: {who}: […]")
+    for index, tier in enumerate(check.items(entry.get("tiers"), f"{prefix}.tiers")):
+        if not isinstance(tier, str) or tier not in served:
+            wanted = "a tier of tailnet.paths"
+            check.add(f"{prefix}.tiers[{index}]", tier, wanted, "give the tier a path, or leave it out here")
+
+
+def read(value: Mapping[str, Any], ports: Mapping[str, int]) -> Tailnet:
+    """The typed form of a ``tailnet`` without problems."""
+    https = value.get("https", True)
+    usual = HTTPS_PORT if https else HTTP_PORT
+    return Tailnet(
+        hostname=value["hostname"],
+        domain=value["domain"],
+        https=https,
+        tag=value["tag"],
+        tag_owners=tuple(value.get("tag_owners", ["autogroup:admin"])),
+        groups={name: tuple(members) for name, members in (value.get("groups") or {}).items()},
+        paths=tuple(
+            Path(
+                tier=path["tier"],
+                mount=path["path"],
+                port=path.get("port", usual),
+                target=f"http://127.0.0.1:{ports[path['tier']]}",
+                capability=path.get("capability") or "",
+            )
+            for path in value["paths"]
+        ),
+        access=tuple(Access(tuple(entry["who"]), tuple(entry["tiers"])) for entry in value["access"]),
+        outsiders=tuple(value.get("outsiders") or ()),
+    )
+
+
+def grants(net: Tailnet) -> list[dict[str, Any]]:
+    """One for each set of people and each port, with the capabilities that they are to have on it."""
     found: list[dict[str, Any]] = []
-    for entry in access:
-        mine = [path for path in paths if path.tier in entry.tiers]
+    for entry in net.access:
+        mine = [path for path in net.paths if path.tier in entry.tiers]
         for port in sorted({path.port for path in mine}):
             capabilities = sorted({path.capability for path in mine if path.port == port and path.capability})
-            grant: dict[str, Any] = {"src": list(entry.who), "dst": [tag], "ip": [f"tcp:{port}"]}
+            grant: dict[str, Any] = {"src": list(entry.who), "dst": [net.tag], "ip": [f"tcp:{port}"]}
             if capabilities:
                 grant["app"] = {name: [{}] for name in capabilities}
             found.append(grant)
     return found
 
 
-def tests(tag: str, paths: Sequence[Path], access: Sequence[Access], strangers: Sequence[str]) -> list[dict[str, Any]]:
-    """The policy's own tests: who is admitted where, that nobody reaches ssh by it, and strangers nothing."""
-    ports = sorted({path.port for path in paths})
+def _examples(who: Iterable[str], groups: Mapping[str, tuple[str, ...]]) -> list[str]:
+    """Users and tags who stand for a list of selectors: tests of a policy know no group, nor all members."""
     found = []
-    for entry in access:
-        open_ports = {path.port for path in paths if path.tier in entry.tiers}
-        for who in entry.examples:
-            found.append(
-                {
-                    "src": who,
-                    "proto": "tcp",
-                    "accept": [f"{tag}:{port}" for port in ports if port in open_ports],
-                    "deny": [f"{tag}:{port}" for port in [SSH_PORT, *ports] if port not in open_ports],
-                }
-            )
-    found += [
-        {"src": who, "proto": "tcp", "deny": [f"{tag}:{port}" for port in [SSH_PORT, *ports]]} for who in strangers
-    ]
+    for one in who:
+        if one in groups:
+            found.append(groups[one][0])
+        elif _USER.fullmatch(one) or _TAG.fullmatch(one):
+            found.append(one)
     return found
 
 
-def policy(
-    tag: str,
-    owners: Sequence[str],
-    groups: Mapping[str, Sequence[str]],
-    paths: Sequence[Path],
-    access: Sequence[Access],
-    strangers: Sequence[str] = (),
-) -> dict[str, Any]:
-    """The whole policy file as data: JSON is HuJSON, too."""
-    value: dict[str, Any] = {}
-    if groups:
-        value["groups"] = {name: list(members) for name, members in groups.items()}
-    value["tagOwners"] = {tag: list(owners)}
-    value["grants"] = grants(tag, paths, access)
-    value["tests"] = tests(tag, paths, access, strangers)
+def tests(net: Tailnet) -> list[dict[str, Any]]:
+    """The policy's own tests: who is admitted where, and that nobody goes around tailscale serve.
+
+    Of each group its first member. A port that all members of the tailnet may reach is not asked of outsiders.
+    """
+    open_to: dict[str, set[int]] = {}
+    public: set[int] = set()
+    for entry in net.access:
+        granted = {path.port for path in net.paths if path.tier in entry.tiers}
+        if any(_AUTOGROUP.fullmatch(one) for one in entry.who):
+            public |= granted
+        for who in _examples(entry.who, net.groups):
+            members = {who, *(name for name, people in net.groups.items() if who in people)}
+            open_to[who] = {
+                path.port
+                for other in net.access
+                if members & set(other.who)
+                for path in net.paths
+                if path.tier in other.tiers
+            }
+    for who in net.outsiders:
+        open_to.setdefault(who, set())
+    ports = sorted({path.port for path in net.paths})
+    around = sorted({int(path.target.rpartition(":")[2]) for path in net.paths} - set(ports))
+    found = []
+    for who, admitted in open_to.items():
+        test: dict[str, Any] = {"src": who, "proto": "tcp"}
+        if admitted:
+            test["accept"] = [f"{net.tag}:{port}" for port in sorted(admitted)]
+        refused = [*around, *(port for port in ports if port not in admitted | public)]
+        test["deny"] = [f"{net.tag}:{port}" for port in refused]
+        found.append(test)
+    return found
+
+
+def policy(net: Tailnet) -> dict[str, Any]:
+    """The whole policy file of a tailnet that has no other, as data."""
+    value: dict[str, Any] = (
+        {"groups": {name: list(people) for name, people in net.groups.items()}} if net.groups else {}
+    )
+    value["tagOwners"] = {net.tag: list(net.tag_owners)}
+    value["grants"] = grants(net)
+    value["tests"] = tests(net)
     return value
 
 
-def is_allow_all(rule: Mapping[str, Any]) -> bool:
-    """The default rule of a tailnet, in its new or its old form."""
-    return any({key: rule.get(key) for key in one} == one for one in ALLOW_ALL)
+def policy_text(net: Tailnet) -> str:
+    """The policy file, with what has to be known before it is put in force."""
+    default, older = (json.dumps(one).removeprefix("{").removesuffix("}") for one in ALLOW_ALL)
+    return (
+        "// Who may ask the models, made from the inventory's variable `tailnet`: edit that, not this.\n"
+        "//\n"
+        "// It is a whole policy file. Where the tailnet has one already, take these entries over into it.\n"
+        "// Grants only add: as long as the rule with which a new tailnet begins is there, these refuse nobody.\n"
+        "// Remove it:\n"
+        f"//     {default}\n"
+        f"// or, as older files have it,\n"
+        f"//     {older}\n"
+        f"{json.dumps(policy(net), indent=2, ensure_ascii=False)}\n"
+    )
 
 
-def text(value: Mapping[str, Any]) -> str:
-    return json.dumps(value, indent=2) + "\n"
+def allow_all(value: Mapping[str, Any]) -> bool:
+    """Whether a policy has the default rule of a new tailnet, in its new or its old form, or has no rules at all."""
+    if "grants" not in value and "acls" not in value:
+        return True
+    return any(rule in (value.get(key) or []) for one in ALLOW_ALL for key, rules in one.items() for rule in rules)
