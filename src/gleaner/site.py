@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any, Optional, Union
+from typing import Any, Union
 
 from gleaner import gguf, model_files, tailnet
 
@@ -166,7 +166,7 @@ class Site:
     nodes: Mapping[str, Node]
     models: Mapping[str, Model]
     tiers: Mapping[str, Tier]
-    tailnet: Optional[tailnet.Tailnet] = None
+    tailnet: tailnet.Tailnet | None = None
 
     def models_of(self, tier: Tier) -> tuple[Model, ...]:
         """What a tier serves; a router tier without ``models`` serves all that no layer-split tier names."""
@@ -1128,7 +1128,7 @@ def problems(site: object, headers: Headers) -> list[Problem]:
 
 def gateway_ports(site: Mapping[str, Any]) -> dict[str, int]:
     """The port of the gateway of each tier whose name and port can be read."""
-    tiers = site.get("tiers")
+    tiers: Any = site.get("tiers")
     return {
         tier["name"]: tier["gateway_port"]
         for tier in (tiers if _sequence(tiers) else ())

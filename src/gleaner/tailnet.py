@@ -32,6 +32,7 @@ _GROUP = re.compile(r"group:[A-Za-z0-9][A-Za-z0-9._@-]{0,127}")
 _USER = re.compile(r"[A-Za-z0-9._%+-]{1,64}@[A-Za-z0-9.-]{0,128}")
 _AUTOGROUP = re.compile(r"autogroup:[a-z-]{1,32}")
 _CAPABILITY = re.compile(r"([a-z0-9-]+\.)+[a-z]{2,}/[A-Za-z0-9._-]+(/[A-Za-z0-9._-]+)*")
+_EXAMPLES = {_USER: "alice@example.com", _GROUP: "group:ai-users", _TAG: "tag:ci", _AUTOGROUP: "autogroup:member"}
 
 _KEYS = ("hostname", "domain", "https", "tag", "tag_owners", "groups", "paths", "access", "outsiders")
 _PATH_KEYS = ("path", "tier", "port", "capability")
@@ -133,13 +134,7 @@ def _check_selector(
     kinds: Sequence[re.Pattern[str]] = (_USER, _GROUP, _TAG, _AUTOGROUP),
 ) -> None:
     if not (isinstance(value, str) and any(kind.fullmatch(value) for kind in kinds)):
-        examples = {
-            _USER: "alice@example.com",
-            _GROUP: "group:ai-users",
-            _TAG: "tag:ci",
-            _AUTOGROUP: "autogroup:member",
-        }
-        wanted = ", ".join(examples[kind] for kind in kinds)
+        wanted = ", ".join(_EXAMPLES[kind] for kind in kinds)
         check.add(variable, value, f"a user, group or tag as the policy has them: {wanted}", "write it in that form")
 
 
@@ -294,9 +289,9 @@ def tests(net: Tailnet) -> list[dict[str, Any]]:
 
 def policy(net: Tailnet) -> dict[str, Any]:
     """The whole policy file of a tailnet that has no other, as data."""
-    value: dict[str, Any] = (
-        {"groups": {name: list(people) for name, people in net.groups.items()}} if net.groups else {}
-    )
+    value: dict[str, Any] = {}
+    if net.groups:
+        value["groups"] = {name: list(people) for name, people in net.groups.items()}
     value["tagOwners"] = {net.tag: list(net.tag_owners)}
     value["grants"] = grants(net)
     value["tests"] = tests(net)
