@@ -10,7 +10,7 @@ from typing import Any
 # Ansible loads this file by its path and knows nothing of src/.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
-from gleaner import cuda, digest, plan, site, sizing, slurmconf
+from gleaner import cuda, digest, guide, plan, site, sizing, slurmconf, tailnet
 
 _NODE_VARIABLES = ("cluster_address", "rpc_address", "cpus", "memory_mib", "gpus", "sockets", "threads_per_core")
 
@@ -89,6 +89,37 @@ def node_models(value: Mapping[str, Any], node: str) -> list[dict[str, Any]]:
     return site.node_models(whole, site.read_headers(whole), str(node))
 
 
+def _tailnet(value: Mapping[str, Any]) -> tailnet.Tailnet:
+    whole = _plain(value)
+    return tailnet.read(whole["tailnet"], site.gateway_ports(whole))
+
+
+def tailnet_paths(value: Mapping[str, Any]) -> list[dict[str, Any]]:
+    net = _tailnet(value)
+    return [
+        {
+            "mount": path.mount,
+            "target": path.target,
+            "port": path.port,
+            "https": net.https,
+            "app_capabilities": [path.capability] if path.capability else [],
+        }
+        for path in net.paths
+    ]
+
+
+def tailnet_capabilities(value: Mapping[str, Any]) -> dict[str, str]:
+    return {path.tier: path.capability for path in _tailnet(value).paths if path.capability}
+
+
+def tailnet_policy(value: Mapping[str, Any]) -> str:
+    return tailnet.policy_text(_tailnet(value))
+
+
+def guide_facts(value: Mapping[str, Any]) -> dict[str, Any]:
+    return guide.facts(_plain(value))
+
+
 def slurm_version_of(value: str) -> str:
     return slurmconf.version_of(str(value))
 
@@ -133,6 +164,7 @@ class FilterModule:
     def filters(self) -> dict[str, Any]:
         return {
             "apt_driver_changes": apt_driver_changes,
+            "guide_facts": guide_facts,
             "memory_plan": memory_plan,
             "node_models": node_models,
             "plan_table": plan_table,
@@ -147,6 +179,9 @@ class FilterModule:
             "slurm_policy_gap": slurm_policy_gap,
             "slurm_preemption_settings": slurm_preemption_settings,
             "slurm_version_of": slurm_version_of,
+            "tailnet_capabilities": tailnet_capabilities,
+            "tailnet_paths": tailnet_paths,
+            "tailnet_policy": tailnet_policy,
             "tensor_split": tensor_split,
             "tier_digest": tier_digest,
             "tier_plan": tier_plan,

@@ -156,6 +156,7 @@ def _check_paths(check: Checker, net: Mapping[str, Any], ports: Mapping[str, obj
     cure = "for example paths: [{path: /, tier: fast}, {path: /reasoning/, tier: reasoning}]"
     paths = check.items(net.get("paths"), "tailnet.paths", cure)
     seen: dict[tuple[object, object], str] = {}
+    capabilities: dict[str, object] = {}
     for index, item in enumerate(paths):
         prefix = f"tailnet.paths[{index}]"
         path = check.mapping(item, prefix)
@@ -178,6 +179,11 @@ def _check_paths(check: Checker, net: Mapping[str, Any], ports: Mapping[str, obj
             name = check.text(path["capability"], f"{prefix}.capability", _CAPABILITY, "an app capability", cure)
             if name is not None and name.split("/")[0].endswith("tailscale.com"):
                 check.add(f"{prefix}.capability", name, "one that is not Tailscale's own", cure)
+        if isinstance(path.get("tier"), str):
+            capability = path.get("capability")
+            if capabilities.setdefault(path["tier"], capability) != capability:
+                same = f"that of the tier's other path, {capabilities[path['tier']] or 'none'}"
+                check.add(f"{prefix}.capability", capability, same, "to the gateway all ways to a tier are one")
         if mount is not None and port is not None:
             if (port, mount) in seen:
                 free = f"another path or port than {seen[port, mount]}"

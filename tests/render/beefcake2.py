@@ -55,6 +55,7 @@ def provided() -> dict[str, object]:
             name: {"source": f"https://models.example/{name}.gguf", "sha256": SHA256}
             for name in variables["model_files"]
         },
+        "tailnet_users": ["alice@example.com", "bob@example.com"],
         "vault_server_key": "s" * 64,
     }
 

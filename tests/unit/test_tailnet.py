@@ -150,6 +150,10 @@ def test_a_good_one_has_no_problems() -> None:
             {"paths": [{"path": "/", "tier": "fast", "capability": "tailscale.com/cap/services"}]},
             "tailnet.paths[0].capability = 'tailscale.com/cap/services'; wanted one that is not Tailscale's own",
         ),
+        (
+            {"paths": [*CAPABLE, {"path": "/big/", "tier": "reasoning"}]},
+            f"tailnet.paths[2].capability = undefined; wanted that of the tier's other path, {CAPABILITY}",
+        ),
         ({"access": None}, "tailnet.access = undefined"),
         ({"access": [{"who": ["*"], "tiers": ["fast"]}]}, "tailnet.access[0].who[0] = '*'"),
         ({"access": [{"who": ["group:big"], "tiers": ["fast"]}]}, "tailnet.access[0].who[0] = 'group:big'"),

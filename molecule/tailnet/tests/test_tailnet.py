@@ -1,0 +1,349 @@
+"""The tiers as people on the tailnet meet them, and what the administrator's runs do to the controller's node."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.lab import cluster, tailnet
+from tests.lab.cluster import CONTROLLER, GEMMA3, PORT, SMOLLM2, SPLIT_PORT, THINKING, run
+from tests.lab.tailnet import HOST, LAPTOP, PEOPLE, Lab, ask, chat, serve_status
+
+CAPABILITY = "example.com/cap/reasoning"
+BOTH = {"80/": f"http://127.0.0.1:{PORT}", "80/reasoning/": f"http://127.0.0.1:{SPLIT_PORT}"}
+CAPABLE = [
+    {"path": "/", "tier": "fast"},
+    {"path": "/reasoning/", "tier": "reasoning", "capability": CAPABILITY},
+]
+
+
+# On a controller that was never on a tailnet
+
+
+def test_a_dry_run_says_what_it_would_do_and_does_nothing(lab: Lab) -> None:
+    dry = lab.play("playbooks/tailnet.yml", "--check", "--diff", key="not asked for")
+    assert dry.code == 0, dry.output
+    assert f"+http://(this node)/reasoning/ -> http://127.0.0.1:{SPLIT_PORT}" in dry.output
+    assert "not asked for" not in dry.output
+    assert not cluster.host(CONTROLLER).exists("tailscale")
+    assert not cluster.host(CONTROLLER).file("/etc/apt/sources.list.d/tailscale.sources").exists
+
+
+def test_a_site_without_a_tailnet_is_left_alone(lab: Lab) -> None:
+    none = lab.play("playbooks/tailnet.yml", tailnet=None)
+    assert none.code == 0, none.output
+    assert none.changed == {CONTROLLER: 0}
+    assert not cluster.host(CONTROLLER).exists("tailscale")
+
+
+def test_a_package_that_the_key_did_not_sign_is_not_installed(lab: Lab) -> None:
+    refused = lab.play("playbooks/tailnet.yml", key="not asked for", tailscale_serve_key_sha256="0" * 64)
+    assert refused.code != 0
+    assert "checksum" in refused.text
+    assert not cluster.host(CONTROLLER).exists("tailscale")
+
+
+def test_without_a_key_the_first_run_names_it(lab: Lab) -> None:
+    refused = lab.play("playbooks/tailnet.yml")
+    assert refused.code != 0
+    assert "vault_tailscale_auth_key = undefined; wanted an auth key of the tailnet" in refused.text
+    assert "NeedsLogin" in refused.text
+
+
+def test_a_key_that_is_not_the_tailnets_is_refused_and_told_nowhere(lab: Lab) -> None:
+    refused = lab.play("playbooks/tailnet.yml", key="hskey-auth-wrong-0123456789", tailscale_serve_join_seconds=10)
+    assert refused.code != 0
+    assert "wrong-0123456789" not in refused.output
+    assert not cluster.host(CONTROLLER).file("/run/gleaner-tailscale-auth-key").exists
+
+
+def test_a_key_without_the_tag_is_refused(lab: Lab) -> None:
+    refused = lab.play("playbooks/tailnet.yml", key=lab.auth_key("admin"))
+    assert refused.code != 0
+    assert f"with the tags none; wanted {HOST}. with {tailnet.TAG}" in refused.text
+    assert serve_status() == {}
+    run(CONTROLLER, "tailscale logout")
+    # Or the machine would keep what it was.
+    (node,) = (one for one in lab.headscale("nodes", "list") if one["given_name"] == "slurm-ctl")
+    lab.headscale("nodes", "delete", "--identifier", str(node["id"]), "--force")
+
+
+# What people meet
+
+
+def test_the_second_run_changes_nothing_and_asks_for_no_key(served: Lab) -> None:
+    assert serve_status() == BOTH
+    for arguments in ((), ("--check", "--diff")):
+        again = served.play("playbooks/tailnet.yml", *arguments)
+        assert again.code == 0, again.output
+        assert again.changed == {CONTROLLER: 0}, again.output
+
+
+def test_the_key_stays_nowhere(served: Lab) -> None:
+    for key in served.keys:
+        secret = shlex.quote(key.rpartition("-")[2])
+        found = cluster.host(CONTROLLER).run(
+            f"grep -rlF {secret} /etc /run /root /tmp /var/lib/gleaner /var/log 2>/dev/null; "
+            f"journalctl --no-pager | grep -F {secret} | grep -v grep"
+        )
+        assert found.stdout == ""
+
+
+def test_a_run_limited_to_a_node_leaves_the_controller_alone(served: Lab) -> None:
+    limited = served.play("playbooks/tailnet.yml", "--limit", "vasp-01")
+    assert limited.code == 0, limited.output
+    assert CONTROLLER not in limited.changed
+
+
+@pytest.mark.parametrize(("path", "model"), [("/", SMOLLM2), ("/reasoning/", THINKING)])
+def test_a_completion_and_a_stream_come_through(served: Lab, path: str, model: str) -> None:
+    whole = ask("alice", f"{path}v1/chat/completions", chat(model))
+    assert whole.status == 200, whole
+    assert whole.json["usage"]["completion_tokens"] > 0
+    stream = ask("alice", f"{path}v1/chat/completions", chat(model, stream=True))
+    assert stream.status == 200, stream
+    assert stream.body.count("\ndata: ") > 5
+    assert stream.body.rstrip().endswith("data: [DONE]")
+
+
+def test_the_path_is_stripped_and_leads_to_its_tier(served: Lab) -> None:
+    mark = tailnet.log_mark("reasoning")
+    assert {one["id"] for one in ask("alice", "/reasoning/v1/models").json["data"]} == {THINKING}
+    assert {one["id"] for one in ask("alice", "/v1/models").json["data"]} >= {SMOLLM2, GEMMA3}
+    (line,) = (one for one in tailnet.log_since(mark, "reasoning") if "/v1/models" in one)
+    assert '"GET /v1/models HTTP/1.1" 200' in line
+
+
+def test_the_short_name_will_do(served: Lab) -> None:
+    assert ask("alice", "/health", host=HOST.partition(".")[0]).status == 200
+
+
+def test_who_asks_is_known_and_cannot_pretend(served: Lab) -> None:
+    forged = ("Tailscale-User-Login: root@example.com", "Tailscale-User-Name: Root", "X-Forwarded-For: 9.9.9.9")
+    mark = tailnet.log_mark("fast")
+    assert ask("bob", "/v1/models?who=1", headers=forged).status == 403
+    assert ask("alice", "/v1/models", headers=forged).status == 200
+    gateway = f"http://{cluster.address(CONTROLLER)}:{PORT}/v1/models"
+    headers = " ".join(f"--header {shlex.quote(one)}" for one in forged)
+    run(LAPTOP, f"curl -sS --fail {headers} {gateway}")
+    bob, alice, stranger = (one for one in tailnet.log_since(mark, "fast") if "/v1/models" in one)
+    assert re.search(r" user=bob for=100\.64\.\d+\.\d+$", bob), bob
+    assert re.search(r" user=alice for=100\.64\.\d+\.\d+$", alice), alice
+    assert stranger.endswith(" user= for="), stranger
+
+
+def test_other_users_of_the_controller_cannot_pretend_to_be_serve(served: Lab) -> None:
+    url = f"http://127.0.0.1:{PORT}/health"
+    assert run(CONTROLLER, f"curl -sS --fail {url}")
+    done = cluster.run_as("alice", CONTROLLER, "curl", "-sS", url)
+    assert done.returncode == 7, done
+    around = cluster.run_as(
+        "alice", CONTROLLER, "curl", "-sS", "--fail", url.replace("127.0.0.1", cluster.address(CONTROLLER))
+    )
+    assert around.returncode == 0, around
+
+
+def test_without_a_grant_nothing_answers(served: Lab) -> None:
+    refused = ask("mallory", "/v1/models")
+    assert refused.status == 0
+    assert refused.error
+
+
+def test_nobody_goes_around_serve(served: Lab) -> None:
+    for port in (PORT, SPLIT_PORT, 22):
+        assert ask("alice", "/health", host=f"{HOST}:{port}").status == 0
+
+
+def test_the_policy_says_what_it_refuses_and_headscale_believes_it_only_with_its_tests(served: Lab) -> None:
+    file = served.folder / "policy.hujson"
+    first = served.play("playbooks/tailnet_policy.yml", tailnet_policy_file=str(file))
+    again = served.play("playbooks/tailnet_policy.yml", "--check", "--diff", tailnet_policy_file=str(file))
+    assert first.code == again.code == 0
+    assert set(again.changed.values()) == {0}
+    text = file.read_text()
+    assert '"grants": [{"src": ["*"], "dst": ["*"], "ip": ["*"]}]' in text.partition("{\n")[0]
+    policy = json.loads("".join(line for line in text.splitlines() if not line.startswith("//")))
+    for spoilt in (
+        {**policy, "grants": [*policy["grants"], {"src": ["*"], "dst": ["*"], "ip": ["*"]}]},
+        {**policy, "grants": policy["grants"][:1]},
+    ):
+        with pytest.raises(AssertionError, match="test"):
+            served.set_policy(json.dumps(spoilt))
+    assert ask("alice", "/health").status == 200
+
+
+# What becomes of it
+
+
+def test_a_restarted_tailscaled_still_serves(served: Lab) -> None:
+    run(CONTROLLER, "systemctl restart tailscaled")
+    cluster.wait_until("alice gets an answer", lambda: ask("alice", "/health").status == 200)
+    assert serve_status() == BOTH
+
+
+def test_what_a_new_login_has_lost_is_restored(served: Lab) -> None:
+    run(CONTROLLER, "tailscale logout")
+    assert serve_status() == {}
+    refused = served.play("playbooks/tailnet.yml")
+    assert "vault_tailscale_auth_key = undefined" in refused.text
+    restored = served.play("playbooks/tailnet.yml", key=served.auth_key("admin", tag=tailnet.TAG))
+    assert restored.code == 0, restored.output
+    assert serve_status() == BOTH
+    cluster.wait_until("alice gets an answer", lambda: ask("alice", "/reasoning/health").status == 200)
+
+
+def test_a_node_that_was_told_to_be_down_is_brought_up_without_a_key(served: Lab) -> None:
+    run(CONTROLLER, "tailscale down")
+    up = served.play("playbooks/tailnet.yml")
+    assert up.code == 0, up.output
+    cluster.wait_until("alice gets an answer", lambda: ask("alice", "/health").status == 200)
+
+
+def test_lost_paths_are_noticed_and_restored(served: Lab) -> None:
+    run(CONTROLLER, "tailscale serve --http=80 --set-path=/reasoning/ off")
+    dry = served.play("playbooks/tailnet.yml", "--check", "--diff")
+    assert f"+http://{HOST}/reasoning/ -> http://127.0.0.1:{SPLIT_PORT}" in dry.output
+    assert dry.changed == {CONTROLLER: 1}
+    assert serve_status() == {"80/": BOTH["80/"]}
+    run(CONTROLLER, f"tailscale serve --bg --http=80 --set-path=/ http://127.0.0.1:{SPLIT_PORT}")
+    assert served.play("playbooks/tailnet.yml").changed == {CONTROLLER: 1}
+    assert serve_status() == BOTH
+
+
+def test_a_path_is_changed_and_taken_away_and_others_stay(served: Lab) -> None:
+    run(CONTROLLER, "tailscale serve --bg --http=80 --set-path=/motd text:hello")
+    think = [{"path": "/", "tier": "fast"}, {"path": "/think/", "tier": "reasoning"}]
+    moved = served.play("playbooks/tailnet.yml", "--diff", tailnet_paths=think)
+    assert moved.code == 0, moved.output
+    assert f"-http://{HOST}/reasoning/" in moved.output
+    assert f"http://{HOST}/motd -> hello" in moved.text.partition("left alone")[2]
+    assert set(serve_status()) == {"80/", "80/think/", "80/motd"}
+    assert {one["id"] for one in ask("alice", "/think/v1/models").json["data"]} == {THINKING}
+    assert ask("alice", "/reasoning/v1/models").status == 404
+
+    fewer = served.play("playbooks/tailnet.yml", tailnet_paths=think[:1], tailnet_alice_may=["fast"])
+    assert fewer.code == 0, fewer.output
+    assert set(serve_status()) == {"80/", "80/motd"}
+
+    back = served.play("playbooks/tailnet.yml", tailscale_serve_foreign="remove")
+    assert back.code == 0, back.output
+    assert serve_status() == BOTH
+
+
+def test_https_that_the_tailnet_does_not_admit_is_an_error_and_no_hanging(served: Lab) -> None:
+    tailnet_https = {
+        "hostname": "slurm-ctl",
+        "domain": "tailnet.lab",
+        "tag": tailnet.TAG,
+        "paths": [{"path": "/", "tier": "fast"}],
+        "access": [{"who": ["alice@"], "tiers": ["fast"]}],
+    }
+    refused = served.play("playbooks/tailnet.yml", tailnet=tailnet_https)
+    assert refused.code != 0
+    assert "HTTPS" in refused.text
+    assert served.play("playbooks/tailnet.yml").code == 0
+    assert serve_status() == BOTH
+
+
+def test_another_name_than_declared_is_refused_or_taken(served: Lab) -> None:
+    run(CONTROLLER, "tailscale set --hostname=elsewhere")
+    cluster.wait_until(
+        "it has that name", lambda: "elsewhere" in run(CONTROLLER, "tailscale status --json --peers=false")
+    )
+    renamed = served.play("playbooks/tailnet.yml")
+    assert renamed.code == 0, renamed.output
+    cluster.wait_until("alice gets an answer", lambda: ask("alice", "/health").status == 200)
+    assert serve_status() == BOTH
+
+
+# Tiers that not everybody may ask
+
+
+def test_a_tier_with_a_capability_is_for_whom_it_was_granted(served: Lab) -> None:
+    try:
+        for name in ("playbooks/gateway.yml", "playbooks/tailnet.yml"):
+            done = served.play(name, tailnet_paths=CAPABLE)
+            assert done.code == 0, done.output
+        served.enforce(tailnet_paths=CAPABLE)
+        cluster.wait_until("alice's grant is known", lambda: ask("alice", "/reasoning/health").status == 200)
+        assert ask("alice", "/v1/models").status == ask("bob", "/v1/models").status == 200
+        refused = ask(
+            "bob", "/reasoning/v1/models", headers=(f'Tailscale-App-Capabilities: {{"{CAPABILITY}":[{{}}]}}',)
+        )
+        assert refused.status == 403
+        assert refused.json["error"]["message"].endswith(f"ask its administrator for the capability {CAPABILITY}")
+        # On the cluster's own network nothing is asked.
+        assert cluster.ask("/v1/models", port=SPLIT_PORT).status == 200
+    finally:
+        for name in ("playbooks/gateway.yml", "playbooks/tailnet.yml"):
+            done = served.play(name)
+            assert done.code == 0, done.output
+        served.enforce()
+    assert ask("bob", "/reasoning/v1/models").status == 200
+
+
+# The guide
+
+
+def examples(text: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def guide(served: Lab) -> str:
+    file = served.folder / "using.md"
+    written = served.play("playbooks/guide.yml", guide_file=str(file))
+    assert written.code == 0, written.output
+    return file.read_text()
+
+
+def test_every_command_of_the_guide_works_at_the_laptop(guide: str) -> None:
+    commands = examples(guide, "bash")
+    assert len(commands) >= 5
+    proxy = f"http://{tailnet.LAPTOP_ADDRESS}:{PEOPLE['alice'] + 1}"
+    for command in commands:
+        assert f"http://{HOST}/" in command
+        done = cluster.host(LAPTOP).run(f"export http_proxy={proxy}\nset -e\n{command}")
+        assert done.rc == 0, f"{command}\n{done.stdout}{done.stderr}"
+        assert done.stdout.lstrip().startswith("{")
+
+
+def test_every_program_of_the_guide_works_through_the_tailnet(guide: str, tmp_path: Path) -> None:
+    programs = examples(guide, "python")
+    assert len(programs) == 2
+    for number, program in enumerate(programs):
+        file = tmp_path / f"{number}.py"
+        file.write_text(program)
+        done = subprocess.run(
+            [sys.executable, str(file)],
+            env={**os.environ, "HTTP_PROXY": f"http://{tailnet.LAPTOP_ADDRESS}:{PEOPLE['alice'] + 1}", "NO_PROXY": ""},
+            capture_output=True,
+            text=True,
+            timeout=180,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.strip()
+
+
+# Last: the controller leaves the tailnet
+
+
+def test_without_a_tailnet_the_gateway_believes_nobody(served: Lab) -> None:
+    gone = served.play("playbooks/gateway.yml", tailnet=None)
+    assert gone.code == 0, gone.output
+    url = f"http://127.0.0.1:{PORT}/v1/models"
+    mark = tailnet.log_mark("fast")
+    done = cluster.run_as("alice", CONTROLLER, "curl", "-sS", "--fail", "--header", "Tailscale-User-Login: root", url)
+    assert done.returncode == 0, done
+    assert tailnet.log_since(mark, "fast")[-1].endswith(" user= for=")
+    assert served.play("playbooks/gateway.yml", tailnet=None).changed == {CONTROLLER: 0}
+    assert served.play("playbooks/gateway.yml").code == 0
+    assert cluster.run_as("alice", CONTROLLER, "curl", "-sS", url).returncode == 7
