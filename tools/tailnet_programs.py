@@ -91,8 +91,8 @@ def environment(cache: Path) -> dict[str, str]:
 def source(go: str, program: Program, env: dict[str, str]) -> str:
     """The folder of the module, checked against its sum. NotHere when it cannot be had.
 
-    `go install module@version` asks for the list of versions besides, only to warn of deprecated ones; a proxy that keeps
-    just what was asked for once has no such list.
+    `go install module@version` asks for the list of versions besides, only to warn of deprecated ones; a proxy that
+    keeps just what was asked for once has no such list.
     """
     done = subprocess.run(
         [go, "mod", "download", "-json", program.pin], env=env, capture_output=True, text=True, check=False
@@ -115,7 +115,8 @@ def compile_program(go: str, program: Program, folder: Path, env: dict[str, str]
         ) as build:
             assert build.stderr is not None
             began = told = time.monotonic()
-            lines, packages = [], 0
+            lines: list[str] = []
+            packages = 0
             for line in build.stderr:
                 lines = [*lines[-20:], line]
                 packages += not line.startswith("go: ")

@@ -11,8 +11,8 @@ from gleaner import site, tailnet
 def facts(value: Mapping[str, Any]) -> dict[str, Any]:
     """Host, tiers and their URLs, as the guide's template wants them.
 
-    Reads of a site no more than that takes, so that the guide of an inventory which still lacks addresses or sums can be
-    read. Raises KeyError where a tier or the tailnet itself is not whole.
+    Reads of a site no more than that takes, so that the guide of an inventory can be read that still lacks addresses or
+    sums. Raises KeyError where a tier or the tailnet itself is not whole.
     """
     ports = site.gateway_ports(value)
     split = {tier["model"] for tier in value["tiers"] if tier["kind"] == "layer_split"}

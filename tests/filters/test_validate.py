@@ -45,7 +45,14 @@ def inventory(tmp_path: Path) -> Path:
     """The inventory of beefcake2 with its gaps filled."""
     copy = tmp_path / "site"
     shutil.copytree(ROOT / "inventories/beefcake2", copy)
-    override(copy, addresses=ADDRESSES, slurm_vasp_account="vasp", models=MODELS, vault_server_key=SECRET)
+    override(
+        copy,
+        addresses=ADDRESSES,
+        slurm_vasp_account="vasp",
+        models=MODELS,
+        tailnet_users=["alice@example.com"],
+        vault_server_key=SECRET,
+    )
     return copy
 
 
@@ -72,6 +79,7 @@ def test_beefcake2_lacks_exactly_what_its_administrator_must_fill_in() -> None:
         "models[0].sha256",
         "models[1].source",
         "models[1].sha256",
+        "tailnet.groups[group:ai-users]",
         "vault_server_key",
     ]
     assert "hostvars[vasp-02].rpc_address = undefined; wanted an IPv4 address; cure: write the address" in output

@@ -74,7 +74,7 @@ class Lab:
     def enforce(self, **variables: object) -> None:
         """Write the policy of the inventory, have headscale try its tests, and put it in force."""
         file = self.folder / "policy.hujson"
-        run = self.play("playbooks/tailnet_policy.yml", **variables, tailnet_policy_file=str(file))
+        run = self.play("playbooks/tailnet_policy.yml", tailnet_policy_file=str(file), **variables)  # type: ignore[arg-type]
         assert run.code == 0, run.output
         self.set_policy(file.read_text())
 

@@ -226,9 +226,10 @@ def test_what_the_site_must_provide_is_in_one_file() -> None:
     found = variables("provide")
     assert set(found) == {
         "addresses", "model_files", "slurm_vasp_account", "slurm_vasp_users", "slurm_ai_account", "service_uid",
+        "tailnet_users",
     }  # fmt: skip
     # The seed names no other address.
     assert found["addresses"].pop(CONTROLLER) == {"cluster": "10.0.0.5"}
     assert found["addresses"] == {name: {"cluster": None, "rpc": None} for name in NODES}
     assert all(entry == {"source": None, "sha256": None} for entry in found["model_files"].values())
-    assert found["slurm_vasp_account"] is None
+    assert found["slurm_vasp_account"] is found["tailnet_users"] is None

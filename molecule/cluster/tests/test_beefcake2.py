@@ -26,7 +26,8 @@ from tests.render.beefcake2 import ADDRESSES, NODES, Rendered
 PLACE = "/run/test-beefcake2"
 NODE = NODES[0]
 UNITS = {
-    CONTROLLER: "gleaner-keeper.service gleaner-upstream.service nginx.service slurmctld.service",
+    CONTROLLER: "gleaner-keeper.service gleaner-upstream.service gleaner-gateway-firewall.service nginx.service "
+    "slurmctld.service",
     **dict.fromkeys(NODES, "gleaner-firewall.service gleaner-lend.socket gleaner-lend.service slurmd.service"),
 }
 # A node has them from its controller.
@@ -126,6 +127,7 @@ def test_every_file_is_one_that_a_program_reads(rendered: Rendered) -> None:
     """A new one needs a check here or, of Gleaner's own programs, in `tests/render`."""
     here = (
         "/cluster/shared/scripts/", "/etc/apt/", "/etc/default/slurmd", "/etc/gleaner/firewall.nft",
+        "/etc/gleaner/gateway.nft",
         "/etc/munge/munge.key", "/etc/mysql/", "/etc/nginx/", "/etc/slurm/", "/etc/systemd/system/", "/etc/tmpfiles.d/",
     )  # fmt: skip
     own = (r"/cluster/shared/ai/plans/.*\.json", r"/etc/gleaner/.*\.json", "/usr/local/bin/ai-inference-upstream")
@@ -154,11 +156,11 @@ def test_systemd_takes_its_units(host: str) -> None:
     assert said, code
 
 
-@pytest.mark.parametrize("node", NODES)
-def test_nftables_takes_the_firewall(node: str) -> None:
-    check = "nft --check --file /etc/gleaner/firewall.nft"
-    assert as_there(node, check) == (0, "")
-    assert as_there(node, check, "echo 'tabel x' >>etc/gleaner/firewall.nft")[0] != 0
+@pytest.mark.parametrize(("host", "name"), [(CONTROLLER, "gateway"), *((node, "firewall") for node in NODES)])
+def test_nftables_takes_the_firewall(host: str, name: str) -> None:
+    check = f"nft --check --file /etc/gleaner/{name}.nft"
+    assert as_there(host, check) == (0, "")
+    assert as_there(host, check, f"echo 'tabel x' >>etc/gleaner/{name}.nft")[0] != 0
 
 
 def errors_of_slurm_conf(spoil: str = "") -> str:
@@ -295,4 +297,8 @@ def test_tmpfiles_and_apt_take_theirs() -> None:
     code, said = as_there(CONTROLLER, sources)
     assert code == 0, said
     assert "http://mirror/debian/dists/trixie/InRelease" in said
-    assert as_there(CONTROLLER, sources, "sed -i /Suites/d etc/apt/sources.list.d/gleaner-non-free.sources")[0] != 0
+    assert "https://pkgs.tailscale.com/stable/debian/dists/trixie/InRelease" in said
+    for name in ("gleaner-non-free", "tailscale"):
+        assert as_there(CONTROLLER, sources, f"sed -i /Suites/d etc/apt/sources.list.d/{name}.sources")[0] != 0
+    assert as_there(CONTROLLER, "apt-cache policy >/dev/null") == (0, "")
+    assert as_there(CONTROLLER, "apt-cache policy", "sed -i s/^Pin:/Pun:/ etc/apt/preferences.d/tailscale")[0] != 0

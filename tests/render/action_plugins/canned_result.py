@@ -29,6 +29,8 @@ SelectTypeParameters=CR_Core_Memory
 NodeName=vasp-[01-03] CPUs=40 RealMemory=384000 Gres=gpu:v100s:1
 PartitionName=gpu_vasp Nodes=vasp-[01-03] Default=YES
 """
+TAILSCALE = """{"BackendState": "Running", "Self": {"HostName": "slurm-ctl", "Online": true,
+"DNSName": "slurm-ctl.tailc46cd0.ts.net.", "Tags": ["tag:llm-gateway"]}}"""
 # By the name of the variable that the task registers.
 ANSWERS: dict[str, dict[str, Any]] = {
     "__llama_cpp_apt": {"stdout_lines": ["Debian http://mirror/debian/ trixie main"]},
@@ -38,6 +40,11 @@ ANSWERS: dict[str, dict[str, Any]] = {
     "__slurm_preemption_accounting": {"commands": []},
     "__slurm_preemption_file": {"content": base64.b64encode(SLURM_CONF.encode()).decode()},
     "__slurm_preemption_stat": {"stat": {"uid": 0, "gid": 0, "mode": "0644"}},
+    "__tailscale_serve_facts": {"ansible_facts": {"ansible_distribution_release": "trixie"}},
+    "__tailscale_serve_there": {"stat": {"exists": True}},
+    "__tailscale_serve_status": {"stdout": TAILSCALE},
+    "__tailscale_serve_now": {"stdout": TAILSCALE},
+    "__tailscale_serve_done": {"foreign": []},
 }
 # By the last word of the question, where one task asks several.
 LIVE = {"config": CONFIG, "partition": "PartitionName=gpu_vasp AllowQos=ALL\n", "%N": "gpu_vasp vasp-01\n"}

@@ -1,0 +1,28 @@
+"""The guide for clients is what the inventory says; its examples are run by the scenario tailnet."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tests.docs.readme import ROOT
+from tests.filters.ansible import run
+
+
+def written(inventory: str, file: Path) -> str:
+    done = run("ansible-playbook", "playbooks/guide.yml", "-i", f"inventories/{inventory}", "-e", f"guide_file={file}")
+    assert done.returncode == 0, done.stdout + done.stderr
+    return file.read_text()
+
+
+def test_docs_have_the_first_clusters(tmp_path: Path) -> None:
+    assert (ROOT / "docs/using.md").read_text() == written("beefcake2", tmp_path / "using.md"), (
+        "docs/using.md has drifted: run ansible-playbook -i inventories/beefcake2 playbooks/guide.yml "
+        "-e guide_file=$PWD/docs/using.md"
+    )
+
+
+def test_a_site_without_a_tailnet_has_the_gateways_own_addresses(tmp_path: Path) -> None:
+    guide = written("lab", tmp_path / "using.md")
+    assert "tailnet" not in guide
+    assert "https://" not in guide.replace("https://platform.openai.com", "")
+    assert "curl -sS --fail-with-body http://10.213." in guide
