@@ -23,8 +23,7 @@ description:
     line, since C(tailscale serve set-config) knows services only and no paths.
   - What it has set it remembers in a file on the host. Paths that others have set are left alone, unless O(foreign)
     says otherwise; they are named in the result.
-  - Reads the configuration back, since the command also ends well where the tailnet admits no HTTPS and nothing was
-    written.
+  - Reads the configuration back, since the command can end well without having written it.
 author: Gleaner
 options:
   paths:
@@ -109,6 +108,10 @@ BUSY = "Another client is changing the serve config"
 
 class ServeError(Exception):
     """What is declared cannot be reached; the text says why and what cures it."""
+
+
+class NotThere(ServeError):
+    """There is no node of a tailnet here."""
 
 
 @dataclass(frozen=True)
@@ -223,45 +226,59 @@ class Client:
     def __init__(self, program: str, socket: str | None) -> None:
         self._argv = [program, *([f"--socket={socket}"] if socket else [])]
 
-    def run(self, *words: str) -> str:
-        """What it printed. ServeError when it fails, or does not end."""
+    def run(self, *words: str) -> tuple[str, str]:
+        """What it printed, and what it warned of. ServeError when it fails, or does not end."""
         argv = [*self._argv, *words]
         try:
             done = subprocess.run(
                 argv, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False, timeout=COMMAND_SECONDS
             )
         except FileNotFoundError:
-            raise ServeError(f"{argv[0]} is not on this host: install tailscale first") from None
+            raise NotThere(f"{argv[0]} is not on this host: install tailscale first") from None
         except subprocess.TimeoutExpired as error:
             said = (error.stdout or b"").decode(errors="replace").strip()
             raise ServeError(f"`{' '.join(argv)}` did not end within {COMMAND_SECONDS:g} s: {said}") from None
         if done.returncode:
             raise ServeError(f"`{' '.join(argv)}`: {(done.stderr or done.stdout).strip()}")
-        return done.stdout + done.stderr
+        return done.stdout, done.stderr
+
+    def ask(self, *words: str) -> Any:
+        """What it tells as JSON; warnings (of versions, of the tailnet's health) go beside that."""
+        told, warned = self.run(*words)
+        try:
+            return json.loads(told)
+        except ValueError as error:
+            raise ServeError(f"`{' '.join([*self._argv, *words])}`: no JSON ({error}): {told}{warned}") from None
 
     def change(self, words: Sequence[str]) -> str:
         """Change the serve configuration; once more when somebody else did in the same moment."""
         for attempt in range(1, ATTEMPTS + 1):
             try:
-                return self.run("serve", *words)
+                return "".join(self.run("serve", *words))
             except ServeError as error:
                 if BUSY not in str(error) or attempt == ATTEMPTS:
                     raise
                 time.sleep(attempt)
         raise AssertionError("unreachable")
 
-    def host(self) -> str:
-        """This node's name on its tailnet. ServeError when it is not on one."""
-        state = json.loads(self.run("status", "--json"))
+    def host(self, wanted: Iterable[Served] = ()) -> str:
+        """This node's name on its tailnet. ServeError when it is not on one, or on one that admits no HTTPS as wanted."""
+        state = self.ask("status", "--json", "--peers=false")
         if state.get("BackendState") != "Running":
-            raise ServeError(f"tailscale is {state.get('BackendState')}: have the node join its tailnet first")
+            raise NotThere(f"tailscale is {state.get('BackendState')}: have the node join its tailnet first")
         name = str((state.get("Self") or {}).get("DNSName") or "").rstrip(".")
         if not name:
             raise ServeError("the tailnet gives this node no name: turn MagicDNS on")
+        # Without it the command waits until somebody admits it, for ever.
+        if any(one.https for one in wanted) and not state.get("CertDomains"):
+            raise ServeError(
+                f"the tailnet of {name} admits no HTTPS: enable HTTPS Certificates in the admin console, under DNS; "
+                "or declare the paths without https"
+            )
         return name
 
     def config(self) -> dict[str, Any]:
-        return json.loads(self.run("serve", "status", "--json")) or {}
+        return self.ask("serve", "status", "--json") or {}
 
 
 def remembered(path: Path) -> list[Served]:
@@ -290,10 +307,7 @@ def apply(client: Client, wanted: Sequence[Served], todo: Plan, memory: Path, re
     left = plan(wanted, client.config(), client.host(), ours, remove_foreign).commands
     if left:
         words = " ".join(" ".join(said).split())
-        raise ServeError(
-            f"tailscale took `serve {' '.join(left[0])}` and did not do it: {words or 'it said nothing'}. "
-            "HTTPS has to be enabled for the tailnet in the admin console, under DNS"
-        )
+        raise ServeError(f"tailscale took `serve {' '.join(left[0])}` and did not do it: {words or 'it said nothing'}")
     remember(memory, wanted)
 
 
@@ -330,12 +344,15 @@ def main() -> None:
         params["foreign"] == "remove",
     )
     try:
-        host = client.host()
-    except ServeError as error:
+        host = client.host(wanted)
+    except NotThere as error:
+        # In a dry run it may be about to join.
         if not module.check_mode:
             module.fail_json(msg=str(error))
         after = "".join(f"{one.in_words('(this node)')}\n" for one in wanted)
         module.exit_json(changed=True, foreign=[], msg=str(error), diff={"before": "", "after": after})
+    except ServeError as error:
+        module.fail_json(msg=str(error))
     try:
         config, ours = client.config(), remembered(memory)
         todo = plan(wanted, config, host, ours, remove_foreign)

@@ -125,8 +125,10 @@ import json, pathlib, sys
 folder = pathlib.Path(__file__).parent
 state = json.loads((folder / "state.json").read_text())
 words = sys.argv[1:]
-if words == ["status", "--json"]:
-    print(json.dumps({{"BackendState": state["backend"], "Self": {{"DNSName": "{host}."}}}}))
+print("Warning: client version is not that of tailscaled", file=sys.stderr)
+if words == ["status", "--json", "--peers=false"]:
+    print(json.dumps({{"BackendState": state["backend"], "Self": {{"DNSName": "{host}."}},
+                      "CertDomains": ["{host}"] if state["certificates"] else None}}))
 elif words == ["serve", "status", "--json"]:
     print(json.dumps(state["config"]))
 else:
@@ -159,7 +161,7 @@ class Node:
         self.set()
 
     def set(self, **changes: Any) -> None:
-        value = {"backend": "Running", "config": {}, "deaf": False, "busy": 0, **changes}
+        value = {"backend": "Running", "config": {}, "deaf": False, "busy": 0, "certificates": True, **changes}
         (self.folder / "state.json").write_text(json.dumps(value))
 
     @property
@@ -212,7 +214,17 @@ def test_a_command_that_ends_well_and_does_nothing_is_a_failure(node: Node) -> N
     done = node.run(BOTH)
     assert done["failed"]
     assert "Serve is not enabled on your tailnet" in done["msg"]
-    assert "HTTPS has to be enabled for the tailnet" in done["msg"]
+
+
+@pytest.mark.parametrize("check", [True, False])
+def test_a_tailnet_that_admits_no_https_is_refused_before_anything_waits_for_it(node: Node, check: bool) -> None:
+    node.set(certificates=False)
+    done = node.run(BOTH, check=check)
+    assert done["failed"]
+    assert f"the tailnet of {HOST} admits no HTTPS: enable HTTPS Certificates" in done["msg"]
+    assert node.calls == []
+    plain = [{"mount": "/", "target": FAST.target, "https": False, "port": 80}]
+    assert node.run([], check=True, paths=plain)["changed"]
 
 
 def test_somebody_else_s_change_in_the_same_moment_is_waited_for(node: Node) -> None:
