@@ -262,7 +262,10 @@ class Client:
         raise AssertionError("unreachable")
 
     def host(self, wanted: Iterable[Served] = ()) -> str:
-        """This node's name on its tailnet. ServeError when it is not on one, or on one that admits no HTTPS as wanted."""
+        """This node's name on its tailnet.
+
+        NotThere when it is on none, ServeError when that one gives no name, or admits no HTTPS though it is wanted.
+        """
         state = self.ask("status", "--json", "--peers=false")
         if state.get("BackendState") != "Running":
             raise NotThere(f"tailscale is {state.get('BackendState')}: have the node join its tailnet first")

@@ -170,7 +170,7 @@ class Node:
         return path.read_text().splitlines() if path.exists() else []
 
     def run(self, paths: list[Served], check: bool = False, **more: Any) -> dict[str, Any]:
-        wanted = [{"mount": one.mount, "target": one.target} for one in paths]
+        wanted = [{"mount": one.mount, "target": one.target, "port": one.port, "https": one.https} for one in paths]
         arguments = {"paths": wanted, "program": str(self.program), "memory": str(self.memory), **more}
         arguments |= {"_ansible_check_mode": check, "_ansible_diff": True}
         text = json.dumps({"ANSIBLE_MODULE_ARGS": arguments})
@@ -223,8 +223,7 @@ def test_a_tailnet_that_admits_no_https_is_refused_before_anything_waits_for_it(
     assert done["failed"]
     assert f"the tailnet of {HOST} admits no HTTPS: enable HTTPS Certificates" in done["msg"]
     assert node.calls == []
-    plain = [{"mount": "/", "target": FAST.target, "https": False, "port": 80}]
-    assert node.run([], check=True, paths=plain)["changed"]
+    assert node.run([Served(80, False, "/", FAST.target)], check=True)["changed"]
 
 
 def test_somebody_else_s_change_in_the_same_moment_is_waited_for(node: Node) -> None:

@@ -8,6 +8,7 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -137,6 +138,54 @@ def test_who_asks_is_known_and_cannot_pretend(served: Lab) -> None:
     assert re.search(r" user=bob for=100\.64\.\d+\.\d+$", bob), bob
     assert re.search(r" user=alice for=100\.64\.\d+\.\d+$", alice), alice
     assert stranger.endswith(" user= for="), stranger
+
+
+ECHO = r"""
+import http.server, json
+class Echo(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        body = json.dumps(dict(self.headers)).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+http.server.HTTPServer(("127.0.0.1", 19000), Echo).serve_forever()
+"""
+
+
+@pytest.fixture
+def echoing(served: Lab) -> Iterator[None]:
+    """A second nginx with the gateway's own configuration, ten thousand ports higher, before a server that tells all."""
+    place = "/run/echo-nginx"
+    cluster.put(CONTROLLER, "/run/echo.py", ECHO)
+    run(CONTROLLER, f"systemd-run --unit=echo python3 /run/echo.py && cp --archive /etc/nginx {place}")
+    run(CONTROLLER, f"sed -i 's#/etc/nginx/#{place}/#; s#/run/nginx.pid#{place}/pid#' {place}/nginx.conf")
+    site = f"{place}/sites-available/ai-inference"
+    run(CONTROLLER, f"sed -i 's#/etc/nginx/#{place}/#; s/:\\(808[01]\\) backlog/:1\\1 backlog/' {site}")
+    run(CONTROLLER, f"ln -sfn {site} {place}/sites-enabled/ai-inference")
+    run(CONTROLLER, f"sed -i 's/server [^ ;]*/server 127.0.0.1:19000/' {place}/ai-inference/upstream-fast.conf")
+    run(CONTROLLER, f"systemd-run --unit=echo-nginx nginx -c {place}/nginx.conf -g 'daemon off;'")
+    cluster.wait_until(
+        "it answers", lambda: cluster.host(CONTROLLER).run("curl -sS --fail http://127.0.0.1:18080/health").rc == 0
+    )
+    yield
+    run(CONTROLLER, f"systemctl stop echo-nginx echo; rm -r {place} /run/echo.py")
+
+
+def test_llama_server_hears_of_nobody_who_pretends(echoing: None) -> None:
+    headers = {
+        "Tailscale-User-Login": "root@example.com",
+        "Tailscale-User-Name": "Root",
+        "Tailscale-User-Profile-Pic": "https://example.com/root.png",
+        "Tailscale-App-Capabilities": "{}",
+    }
+    words = " ".join(f"--header {shlex.quote(f'{name}: {value}')}" for name, value in headers.items())
+    found = {
+        address: json.loads(run(CONTROLLER, f"curl -sS --fail {words} http://{address}:18080/health"))
+        for address in ("127.0.0.1", cluster.address(CONTROLLER))
+    }
+    assert {name: found["127.0.0.1"].get(name) for name in headers} == headers
+    assert not [name for name in found[cluster.address(CONTROLLER)] if name.lower().startswith("tailscale")]
 
 
 def test_other_users_of_the_controller_cannot_pretend_to_be_serve(served: Lab) -> None:
