@@ -58,6 +58,13 @@ options:
     type: str
     choices: [keep, remove]
     default: keep
+  service:
+    description:
+      - The tailnet's service, for example C(svc:llm), as a host of which the node hands the paths on, in place of its
+        own name. The node needs a tag.
+      - A service is defined in the admin console, and approves its hosts there or by C(autoApprovers) of the policy.
+      - Setting a path advertises it. One that was drained by C(tailscale serve drain) stays so.
+    type: str
   program:
     description: The command line of tailscale.
     type: str
@@ -66,7 +73,7 @@ options:
     description: Socket of a tailscaled that is not the system's own.
     type: path
   memory:
-    description: File on the host that remembers what was set.
+    description: File on the host that remembers what was set. A service has one of its own.
     type: path
     default: /var/lib/gleaner/tailscale-serve.json
 attributes:
@@ -223,8 +230,9 @@ def refuse_conflicts(wanted: Sequence[Served], config: Mapping[str, Any], host: 
 class Client:
     """The command line of tailscale."""
 
-    def __init__(self, program: str, socket: str | None) -> None:
+    def __init__(self, program: str, socket: str | None, service: str | None = None) -> None:
         self._argv = [program, *([f"--socket={socket}"] if socket else [])]
+        self._service = service
 
     def run(self, *words: str) -> tuple[str, str]:
         """What it printed, and what it warned of. ServeError when it fails, or does not end."""
@@ -254,7 +262,7 @@ class Client:
         """Change the serve configuration; once more when somebody else did in the same moment."""
         for attempt in range(1, ATTEMPTS + 1):
             try:
-                return "".join(self.run("serve", *words))
+                return "".join(self.run("serve", *([f"--service={self._service}"] if self._service else []), *words))
             except ServeError as error:
                 if BUSY not in str(error) or attempt == ATTEMPTS:
                     raise
@@ -262,7 +270,7 @@ class Client:
         raise AssertionError("unreachable")
 
     def host(self, wanted: Iterable[Served] = ()) -> str:
-        """This node's name on its tailnet.
+        """The name on the tailnet: this node's, or that of the service.
 
         NotThere when it is on none, ServeError when that one gives no name, or admits no HTTPS though it is wanted.
         """
@@ -278,10 +286,11 @@ class Client:
                 f"the tailnet of {name} admits no HTTPS: enable HTTPS Certificates in the admin console, under DNS; "
                 "or declare the paths without https"
             )
-        return name
+        return f"{self._service.partition(':')[2]}.{name.partition('.')[2]}" if self._service else name
 
     def config(self) -> dict[str, Any]:
-        return self.ask("serve", "status", "--json") or {}
+        whole: dict[str, Any] = self.ask("serve", "status", "--json") or {}
+        return (whole.get("Services") or {}).get(self._service) or {} if self._service else whole
 
 
 def remembered(path: Path) -> list[Served]:
@@ -330,6 +339,7 @@ def main() -> None:
                 },
             },
             "foreign": {"type": "str", "choices": ["keep", "remove"], "default": "keep"},
+            "service": {"type": "str"},
             "program": {"type": "str", "default": "tailscale"},
             "socket": {"type": "path"},
             "memory": {"type": "path", "default": "/var/lib/gleaner/tailscale-serve.json"},
@@ -342,7 +352,7 @@ def main() -> None:
         for one in params["paths"]
     ]
     client, memory, remove_foreign = (
-        Client(params["program"], params["socket"]),
+        Client(params["program"], params["socket"], params["service"]),
         Path(params["memory"]),
         params["foreign"] == "remove",
     )

@@ -31,10 +31,11 @@ _GROUP = re.compile(r"group:[A-Za-z0-9][A-Za-z0-9._@-]{0,127}")
 # headscale's users that no identity provider knows end with the @.
 _USER = re.compile(r"[A-Za-z0-9._%+-]{1,64}@[A-Za-z0-9.-]{0,128}")
 _AUTOGROUP = re.compile(r"autogroup:[a-z-]{1,32}")
+_SERVICE = re.compile(r"svc:[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 _CAPABILITY = re.compile(r"([a-z0-9-]+\.)+[a-z]{2,}/[A-Za-z0-9._-]+(/[A-Za-z0-9._-]+)*")
 _EXAMPLES = {_USER: "alice@example.com", _GROUP: "group:ai-users", _TAG: "tag:ci", _AUTOGROUP: "autogroup:member"}
 
-_KEYS = ("hostname", "domain", "https", "tag", "tag_owners", "groups", "paths", "access", "outsiders")
+_KEYS = ("hostname", "domain", "https", "tag", "tag_owners", "service", "groups", "paths", "access", "outsiders")
 _PATH_KEYS = ("path", "tier", "port", "capability")
 _ACCESS_KEYS = ("who", "tiers")
 
@@ -71,6 +72,8 @@ class Tailnet:
     groups: Mapping[str, tuple[str, ...]]
     paths: tuple[Path, ...]
     access: tuple[Access, ...]
+    service: str = ""
+    """A Tailscale Service, ``svc:llm``, by whose name the paths are there, too; empty for none."""
     outsiders: tuple[str, ...] = ()
     """Users and tags whom the policy's own tests are to find refused."""
 
@@ -114,6 +117,14 @@ def examine(check: Checker, value: object, ports: Mapping[str, object]) -> None:
     )
     for index, owner in enumerate(check.items(net.get("tag_owners", ["autogroup:admin"]), "tailnet.tag_owners")):
         _check_selector(check, owner, f"tailnet.tag_owners[{index}]")
+    if net.get("service") is not None:
+        check.text(
+            net["service"],
+            "tailnet.service",
+            _SERVICE,
+            "a Tailscale Service that is defined in the admin console",
+            "for example service: svc:llm",
+        )
     _check_groups(check, net.get("groups"))
     _check_paths(check, net, ports)
     served = [path.get("tier") for path in _mappings(net.get("paths"))]
@@ -229,6 +240,7 @@ def read(value: Mapping[str, Any], ports: Mapping[str, int]) -> Tailnet:
             for path in value["paths"]
         ),
         access=tuple(Access(tuple(entry["who"]), tuple(entry["tiers"])) for entry in value["access"]),
+        service=value.get("service") or "",
         outsiders=tuple(value.get("outsiders") or ()),
     )
 
@@ -240,7 +252,8 @@ def grants(net: Tailnet) -> list[dict[str, Any]]:
         mine = [path for path in net.paths if path.tier in entry.tiers]
         for port in sorted({path.port for path in mine}):
             capabilities = sorted({path.capability for path in mine if path.port == port and path.capability})
-            grant: dict[str, Any] = {"src": list(entry.who), "dst": [net.tag], "ip": [f"tcp:{port}"]}
+            places = [net.tag, *([net.service] if net.service else [])]
+            grant: dict[str, Any] = {"src": list(entry.who), "dst": places, "ip": [f"tcp:{port}"]}
             if capabilities:
                 grant["app"] = {name: [{}] for name in capabilities}
             found.append(grant)
@@ -299,6 +312,8 @@ def policy(net: Tailnet) -> dict[str, Any]:
     if net.groups:
         value["groups"] = {name: list(people) for name, people in net.groups.items()}
     value["tagOwners"] = {net.tag: list(net.tag_owners)}
+    if net.service:
+        value["autoApprovers"] = {"services": {net.service: [net.tag]}}
     value["grants"] = grants(net)
     value["tests"] = tests(net)
     return value

@@ -101,6 +101,12 @@ def test_a_port_that_all_members_reach_is_not_asked_of_outsiders() -> None:
     assert mallory["deny"] == [f"{TAG}:8080", f"{TAG}:8081"]
 
 
+def test_a_service_has_its_host_approved_and_the_same_grants() -> None:
+    policy = tailnet.policy(net(service="svc:llm"))
+    assert policy["autoApprovers"] == {"services": {"svc:llm": [TAG]}}
+    assert [grant["dst"] for grant in policy["grants"]] == [[TAG, "svc:llm"]]
+
+
 def test_the_file_is_whole_and_names_the_rule_to_remove() -> None:
     text = tailnet.policy_text(net())
     comments = [line for line in text.splitlines() if line.startswith("//")]
@@ -131,6 +137,7 @@ def test_a_good_one_has_no_problems() -> None:
         ({"domain": "tailnet"}, "tailnet.domain = 'tailnet'"),
         ({"https": "yes"}, "tailnet.https = 'yes'"),
         ({"tag": "llm-gateway"}, "tailnet.tag = 'llm-gateway'"),
+        ({"service": "llm"}, "tailnet.service = 'llm'"),
         ({"tag_owners": ["admin"]}, "tailnet.tag_owners[0] = 'admin'"),
         ({"groups": {"ai": ["alice@example.com"]}}, "tailnet.groups[ai] = 'ai'"),
         ({"groups": {"group:ai": []}}, "tailnet.groups[group:ai] = []"),

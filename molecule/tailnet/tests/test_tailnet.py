@@ -155,7 +155,7 @@ http.server.HTTPServer(("127.0.0.1", 19000), Echo).serve_forever()
 
 @pytest.fixture
 def echoing(served: Lab) -> Iterator[None]:
-    """A second nginx with the gateway's own configuration, ten thousand ports higher, before a server that tells all."""
+    """A second nginx with the gateway's own configuration, ten thousand ports up, before a server that tells all."""
     place = "/run/echo-nginx"
     cluster.put(CONTROLLER, "/run/echo.py", ECHO)
     run(CONTROLLER, f"systemd-run --unit=echo python3 /run/echo.py && cp --archive /etc/nginx {place}")
@@ -284,6 +284,22 @@ def test_a_path_is_changed_and_taken_away_and_others_stay(served: Lab) -> None:
     back = served.play("playbooks/tailnet.yml", tailscale_serve_foreign="remove")
     assert back.code == 0, back.output
     assert serve_status() == BOTH
+
+
+def test_the_same_paths_are_there_by_the_name_of_a_service(served: Lab) -> None:
+    """As far as the host goes: headscale hands services out to nobody."""
+    try:
+        declared = served.play("playbooks/tailnet.yml", "--diff", tailnet_service="svc:llm")
+        assert declared.code == 0, declared.output
+        assert "+http://llm.tailnet.lab/reasoning/ -> http://127.0.0.1:8081" in declared.output
+        config = json.loads(run(CONTROLLER, "tailscale serve status --json"))
+        assert set(config["Services"]["svc:llm"]["Web"]["llm.tailnet.lab:80"]["Handlers"]) == {"/", "/reasoning/"}
+        assert json.loads(run(CONTROLLER, "tailscale debug prefs"))["AdvertiseServices"] == ["svc:llm"]
+        assert served.play("playbooks/tailnet.yml", tailnet_service="svc:llm").changed == {CONTROLLER: 0}
+        assert serve_status() == BOTH
+    finally:
+        run(CONTROLLER, "tailscale serve clear svc:llm")
+    assert served.play("playbooks/tailnet.yml").changed == {CONTROLLER: 0}
 
 
 def test_https_that_the_tailnet_does_not_admit_is_an_error_and_no_hanging(served: Lab) -> None:
