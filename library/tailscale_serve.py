@@ -54,7 +54,9 @@ options:
         elements: str
         default: []
   foreign:
-    description: Whether paths that are not declared, and were not set by this module, stay.
+    description:
+      - Whether paths that are not declared, and were not set by this module, stay.
+      - TCP forwards and what C(tailscale funnel) opens to the internet stay in any case, and are named.
     type: str
     choices: [keep, remove]
     default: keep
@@ -110,6 +112,7 @@ foreign:
 # `tailscale serve` waits for ever where the tailnet has to admit HTTPS first.
 COMMAND_SECONDS = 30.0
 ATTEMPTS = 4
+NO_DAEMON = "failed to connect to local"
 BUSY = "Another client is changing the serve config"
 
 
@@ -184,7 +187,7 @@ def plan(
     wanted: Sequence[Served], config: Mapping[str, Any], host: str, ours: Iterable[Served], remove_foreign: bool
 ) -> Plan:
     """How to come from a configuration to the wanted paths. ServeError where something of others is in the way."""
-    refuse_conflicts(wanted, config, host, remove_foreign)
+    refuse_conflicts(wanted, config, host, ours, remove_foreign)
     there, want = {one.place: one for one in found(config, host)}, {one.place: one for one in wanted}
     mine = {(one.place, one.target) for one in ours}
     commands: list[list[str]] = []
@@ -199,6 +202,11 @@ def plan(
             foreign.append(one.in_words(host))
     commands += [one.set_words() for place, one in want.items() if there.get(place) != one]
     foreign += [f"{key} (a name that this node does not have any more)" for key in stale(config, host)]
+    tcp = config.get("TCP") or {}
+    foreign += [f"port {port} -> {one['TCPForward']} (TCP)" for port, one in tcp.items() if one.get("TCPForward")]
+    foreign += [
+        f"{key} is open to the internet (funnel)" for key, on in (config.get("AllowFunnel") or {}).items() if on
+    ]
     return Plan(tuple(map(tuple, commands)), tuple(foreign))
 
 
@@ -207,7 +215,10 @@ def stale(config: Mapping[str, Any], host: str) -> list[str]:
     return sorted(key for key in config.get("Web") or {} if key.rpartition(":")[0] != host)
 
 
-def refuse_conflicts(wanted: Sequence[Served], config: Mapping[str, Any], host: str, remove_foreign: bool) -> None:
+def refuse_conflicts(
+    wanted: Sequence[Served], config: Mapping[str, Any], host: str, ours: Iterable[Served], remove_foreign: bool
+) -> None:
+    going = {(one.place, one.target) for one in ours} | {(one.place, one.target) for one in wanted}
     for port in sorted({one.port for one in wanted}):
         tcp = (config.get("TCP") or {}).get(str(port), {})
         if tcp.get("TCPForward"):
@@ -216,12 +227,17 @@ def refuse_conflicts(wanted: Sequence[Served], config: Mapping[str, Any], host: 
                 f"`tailscale serve --tcp={port} off`"
             )
         key = f"{host}:{port}"
-        if (config.get("AllowFunnel") or {}).get(key) and not remove_foreign:
+        if (config.get("AllowFunnel") or {}).get(key):
             raise ServeError(
-                f"{key}: open to the internet by `tailscale funnel`, which setting a path there would end: "
+                f"{key}: open to the internet by `tailscale funnel`, and what is declared there would be, too: "
                 f"end it (`tailscale funnel --https={port} off`), or declare another port"
             )
-        others = [one for one in found(config, host) if one.port == port and one.place not in {w.place for w in wanted}]
+        places = {one.place for one in wanted}
+        others = [
+            one
+            for one in found(config, host)
+            if one.port == port and one.place not in places and (one.place, one.target) not in going
+        ]
         kinds = {one.https for one in wanted if one.port == port}
         if len(kinds) > 1 or (others and {one.https for one in others} != kinds and not remove_foreign):
             raise ServeError(f"port {port}: HTTP and HTTPS cannot share it: declare another port")
@@ -246,6 +262,8 @@ class Client:
         except subprocess.TimeoutExpired as error:
             said = (error.stdout or b"").decode(errors="replace").strip()
             raise ServeError(f"`{' '.join(argv)}` did not end within {COMMAND_SECONDS:g} s: {said}") from None
+        if done.returncode and NO_DAEMON in done.stderr:
+            raise NotThere(f"tailscaled does not run: {done.stderr.strip()}")
         if done.returncode:
             raise ServeError(f"`{' '.join(argv)}`: {(done.stderr or done.stdout).strip()}")
         return done.stdout, done.stderr
@@ -356,6 +374,9 @@ def main() -> None:
         Path(params["memory"]),
         params["foreign"] == "remove",
     )
+    # Nothing was ever set, and nothing is to be: tailscale need not even be there.
+    if not wanted and not memory.exists():
+        module.exit_json(changed=False, foreign=[])
     try:
         host = client.host(wanted)
     except NotThere as error:

@@ -1122,7 +1122,7 @@ def problems(site: object, headers: Headers) -> list[Problem]:
     if whole.get("tailnet") is not None:
         tailnet.examine(check, whole["tailnet"], gateway_ports(whole))
     if whole.get("gateway_listen") is not None:
-        _check_listen(check, whole["gateway_listen"], whole.get("tailnet") is not None)
+        _check_listen(check, whole["gateway_listen"])
     return check.found
 
 
@@ -1136,7 +1136,7 @@ def gateway_ports(site: Mapping[str, Any]) -> dict[str, int]:
     }
 
 
-def _check_listen(check: Checker, value: object, behind_tailnet: bool) -> None:
+def _check_listen(check: Checker, value: object) -> None:
     """Where nginx listens: addresses by name, never all that the host has or will have."""
     cure = 'for example gateway_listen: ["127.0.0.1", "{{ cluster_address }}"]'
     addresses = check.items(value, "gateway_listen", cure)
@@ -1154,8 +1154,6 @@ def _check_listen(check: Checker, value: object, behind_tailnet: bool) -> None:
             check.add(variable, item, "single addresses: this is every interface, that of the tailnet, too", cure)
     if _sequence(value) and not addresses:
         check.add("gateway_listen", value, "at least one address", cure)
-    elif behind_tailnet and _sequence(value) and "127.0.0.1" not in addresses:
-        check.add("gateway_listen", value, "127.0.0.1 among them, to which tailscale serve leads", cure)
 
 
 def secret_problems(site: object, lengths: Mapping[str, int]) -> list[Problem]:

@@ -3,6 +3,10 @@
 A policy is made of grants, which only ever add. A grant admits to a port of the gateway's host and cannot tell paths
 apart: tiers that differ in who may ask them differ by a port of their own, or by an app capability, which
 `tailscale serve` hands to the gateway in a header (https://tailscale.com/docs/features/access-control/grants).
+
+What serve tells of who asks is believed on sockets that root alone reaches. The loopback address would not do:
+tailscaled, which is root, connects there for others, too, when ssh forwards a port or a node has its network in
+userspace.
 """
 
 from __future__ import annotations
@@ -22,6 +26,11 @@ ALLOW_ALL = (
     {"acls": [{"action": "accept", "src": ["*"], "dst": ["*:*"]}]},
 )
 HTTPS_PORT, HTTP_PORT = 443, 80
+SSH_PORT = 22
+# Of the role gateway: a folder of root's, with a socket for each tier.
+SOCKETS = "/run/gleaner-tailnet"
+# What clients write behind a tier's path begins with one of these.
+API = ("v1", "health")
 
 _HOSTNAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 _DOMAIN = re.compile(r"([a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?\.)+[a-z0-9-]{2,63}")
@@ -30,9 +39,10 @@ _TAG = re.compile(r"tag:[A-Za-z][A-Za-z0-9-]{0,62}")
 _GROUP = re.compile(r"group:[A-Za-z0-9][A-Za-z0-9._@-]{0,127}")
 # headscale's users that no identity provider knows end with the @.
 _USER = re.compile(r"[A-Za-z0-9._%+-]{1,64}@[A-Za-z0-9.-]{0,128}")
-_AUTOGROUP = re.compile(r"autogroup:[a-z-]{1,32}")
+_AUTOGROUP = re.compile("autogroup:(member|tagged|admin|owner|it-admin|network-admin|billing-admin|auditor|shared)")
 _SERVICE = re.compile(r"svc:[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
-_CAPABILITY = re.compile(r"([a-z0-9-]+\.)+[a-z]{2,}/[A-Za-z0-9._-]+(/[A-Za-z0-9._-]+)*")
+# What `tailscale serve --accept-app-caps` takes.
+_CAPABILITY = re.compile(r"([a-z0-9-]+\.)+[a-z]{2,}/[A-Za-z0-9-]+(/[A-Za-z0-9-]+)*")
 _EXAMPLES = {_USER: "alice@example.com", _GROUP: "group:ai-users", _TAG: "tag:ci", _AUTOGROUP: "autogroup:member"}
 
 _KEYS = ("hostname", "domain", "https", "tag", "tag_owners", "service", "groups", "paths", "access", "outsiders")
@@ -49,6 +59,8 @@ class Path:
     """What is stripped from requests: ``/reasoning/v1/models`` becomes ``/v1/models``."""
     port: int
     target: str
+    gateway_port: int
+    """Where the tier answers on the cluster's own network."""
     capability: str = ""
     """Without it the gateway refuses who comes this way; empty where whoever reaches the port may ask."""
 
@@ -117,6 +129,7 @@ def examine(check: Checker, value: object, ports: Mapping[str, object]) -> None:
     )
     for index, owner in enumerate(check.items(net.get("tag_owners", ["autogroup:admin"]), "tailnet.tag_owners")):
         _check_selector(check, owner, f"tailnet.tag_owners[{index}]")
+        _check_group(check, owner, f"tailnet.tag_owners[{index}]", net)
     if net.get("service") is not None:
         check.text(
             net["service"],
@@ -147,6 +160,12 @@ def _check_selector(
     if not (isinstance(value, str) and any(kind.fullmatch(value) for kind in kinds)):
         wanted = ", ".join(_EXAMPLES[kind] for kind in kinds)
         check.add(variable, value, f"a user, group or tag as the policy has them: {wanted}", "write it in that form")
+
+
+def _check_group(check: Checker, who: object, variable: str, net: Mapping[str, Any]) -> None:
+    groups = net.get("groups") or {}
+    if isinstance(who, str) and _GROUP.fullmatch(who) and isinstance(groups, Mapping) and who not in groups:
+        check.add(variable, who, "a group of tailnet.groups", f"list its users there: {who}: […]")
 
 
 def _check_groups(check: Checker, value: object) -> None:
@@ -188,8 +207,13 @@ def _check_paths(check: Checker, net: Mapping[str, Any], ports: Mapping[str, obj
         if path.get("capability") is not None:
             cure = "a name below a domain of your own, for example capability: example.com/cap/reasoning"
             name = check.text(path["capability"], f"{prefix}.capability", _CAPABILITY, "an app capability", cure)
-            if name is not None and name.split("/")[0].endswith("tailscale.com"):
+            if name is not None and f".{name.split('/')[0]}".endswith(".tailscale.com"):
                 check.add(f"{prefix}.capability", name, "one that is not Tailscale's own", cure)
+        if mount is not None and mount.split("/")[1] in API:
+            own = f"a path that does not begin with {' or '.join(f'/{word}/' for word in API)}"
+            check.add(f"{prefix}.path", mount, own, "those are paths of the API itself: for example path: /reasoning/")
+        if port == SSH_PORT:
+            check.add(f"{prefix}.port", port, "a port that ssh does not have", "for example port: 8443")
         if isinstance(path.get("tier"), str):
             capability = path.get("capability")
             if capabilities.setdefault(path["tier"], capability) != capability:
@@ -207,11 +231,9 @@ def _check_access(check: Checker, item: object, prefix: str, net: Mapping[str, A
     if not isinstance(item, Mapping):
         return
     check.keys(entry, _ACCESS_KEYS, f"{prefix}.")
-    groups = net.get("groups") or {}
     for index, who in enumerate(check.items(entry.get("who"), f"{prefix}.who")):
         _check_selector(check, who, f"{prefix}.who[{index}]")
-        if isinstance(who, str) and _GROUP.fullmatch(who) and isinstance(groups, Mapping) and who not in groups:
-            check.add(f"{prefix}.who[{index}]", who, "a group of tailnet.groups", f"list its users there: {who}: […]")
+        _check_group(check, who, f"{prefix}.who[{index}]", net)
     for index, tier in enumerate(check.items(entry.get("tiers"), f"{prefix}.tiers")):
         if not isinstance(tier, str) or tier not in served:
             wanted = "a tier of tailnet.paths"
@@ -234,7 +256,8 @@ def read(value: Mapping[str, Any], ports: Mapping[str, int]) -> Tailnet:
                 tier=path["tier"],
                 mount=path["path"],
                 port=path.get("port", usual),
-                target=f"http://127.0.0.1:{ports[path['tier']]}",
+                target=f"unix:{SOCKETS}/{path['tier']}.sock",
+                gateway_port=ports[path["tier"]],
                 capability=path.get("capability") or "",
             )
             for path in value["paths"]
@@ -277,11 +300,12 @@ def tests(net: Tailnet) -> list[dict[str, Any]]:
     Of each group its first member. A port that all members of the tailnet may reach is not asked of outsiders.
     """
     open_to: dict[str, set[int]] = {}
-    public: set[int] = set()
+    public: dict[bool, set[int]] = {False: set(), True: set()}
     for entry in net.access:
         granted = {path.port for path in net.paths if path.tier in entry.tiers}
-        if any(_AUTOGROUP.fullmatch(one) for one in entry.who):
-            public |= granted
+        for tagged, everybody in ((False, "autogroup:member"), (True, "autogroup:tagged")):
+            if everybody in entry.who:
+                public[tagged] |= granted
         for who in _examples(entry.who, net.groups):
             members = {who, *(name for name, people in net.groups.items() if who in people)}
             open_to[who] = {
@@ -294,13 +318,13 @@ def tests(net: Tailnet) -> list[dict[str, Any]]:
     for who in net.outsiders:
         open_to.setdefault(who, set())
     ports = sorted({path.port for path in net.paths})
-    around = sorted({int(path.target.rpartition(":")[2]) for path in net.paths} - set(ports))
+    around = sorted({path.gateway_port for path in net.paths} - set(ports))
     found = []
     for who, admitted in open_to.items():
         test: dict[str, Any] = {"src": who, "proto": "tcp"}
         if admitted:
             test["accept"] = [f"{net.tag}:{port}" for port in sorted(admitted)]
-        refused = [*around, *(port for port in ports if port not in admitted | public)]
+        refused = [*around, *(port for port in ports if port not in admitted | public[bool(_TAG.fullmatch(who))])]
         test["deny"] = [f"{net.tag}:{port}" for port in refused]
         found.append(test)
     return found
@@ -311,7 +335,10 @@ def policy(net: Tailnet) -> dict[str, Any]:
     value: dict[str, Any] = {}
     if net.groups:
         value["groups"] = {name: list(people) for name, people in net.groups.items()}
-    value["tagOwners"] = {net.tag: list(net.tag_owners)}
+    # A policy has to say of each tag that it names who may give it.
+    named = [one for entry in net.access for one in entry.who] + [*net.outsiders, *net.tag_owners]
+    tags = dict.fromkeys([net.tag, *(one for one in named if _TAG.fullmatch(one))])
+    value["tagOwners"] = {tag: list(net.tag_owners) for tag in tags}
     if net.service:
         value["autoApprovers"] = {"services": {net.service: [net.tag]}}
     value["grants"] = grants(net)

@@ -41,6 +41,8 @@ class Lab:
     folder: Path
     keys: list[str] = field(default_factory=list)
     """Every auth key that was handed out."""
+    answered_mallory_before: bool = False
+    """Whether she reached the gateway while the tailnet admitted everybody to everything."""
 
     def play(self, name: str, *arguments: str, key: str = "", **variables: object) -> Run:
         """A playbook over the lab with its tailnet; variables, and the auth key if one is given, come in a file."""
@@ -108,6 +110,18 @@ def ask(person: str, path: str, body: object = None, headers: tuple[str, ...] = 
     done = cluster.host(LAPTOP).run(shlex.join([*words, f"http://{host}{path}"]))
     text, _, status = str(done.stdout).rpartition("\n")
     return Answer(int(status or 0), text, str(done.stderr))
+
+
+def connects(person: str, port: int) -> bool:
+    """Whether a connection of somebody at the laptop to a port of the controller is taken, by SOCKS5 (RFC 1928)."""
+    host = HOST.encode()
+    ask = b"\x05\x01\x00" + b"\x05\x01\x00\x03" + bytes([len(host)]) + host + port.to_bytes(2, "big")
+    program = (
+        "import socket, sys; s = socket.create_connection(('127.0.0.1', int(sys.argv[1])), 20); s.settimeout(20); "
+        "ask = bytes.fromhex(sys.argv[2]); s.sendall(ask[:3]); assert s.recv(2) == b'\\5\\0'; s.sendall(ask[3:]); "
+        "answer = s.recv(4); print(answer[1] if answer else 'closed')"
+    )
+    return cluster.run(LAPTOP, shlex.join(["python3", "-c", program, str(PEOPLE[person]), ask.hex()])) == "0"
 
 
 def chat(model: str, stream: bool = False, tokens: int = 16) -> dict[str, object]:

@@ -103,6 +103,7 @@ def test_a_name_that_the_node_had_before_is_told() -> None:
 @pytest.mark.parametrize(
     ("more", "told"),
     [
+        ({"AllowFunnel": {f"{HOST}:443": True}, "Web": config(*BOTH)["Web"]}, "open to the internet by `tailscale"),
         ({"AllowFunnel": {f"{HOST}:443": True}}, "open to the internet by `tailscale funnel`"),
         ({"TCP": {"443": {"TCPForward": "127.0.0.1:22"}}}, "forwarded to 127.0.0.1:22 by somebody else"),
     ],

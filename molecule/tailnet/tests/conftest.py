@@ -45,6 +45,7 @@ def served(lab: tailnet.Lab) -> tailnet.Lab:
     assert run.code == 0, run.output
     run = lab.play("playbooks/tailnet.yml", key=lab.auth_key("admin", tag=tailnet.TAG))
     assert run.code == 0, run.output
+    lab.answered_mallory_before = tailnet.ask("mallory", "/health").status != 0
     lab.enforce()
     return lab
 
