@@ -59,21 +59,21 @@ PROGRAMS = (
 
 def find_go() -> str:
     """The go command. NotHere when there is none, or only an older one."""
-    found = next((path for place in GO_PLACES if (path := shutil.which(place))), None)
     least = ".".join(map(str, GO_AT_LEAST))
-    if found is None:
-        raise NotHere(f"no Go on this machine, neither in PATH nor in /usr/local/go: wanted {least} or newer")
-    said = subprocess.run(
-        [found, "env", "GOVERSION"],
-        env={**os.environ, "GOTOOLCHAIN": "local"},
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout.strip()
-    numbers = tuple(map(int, re.findall(r"\d+", said)[:3]))
-    if numbers < GO_AT_LEAST:
-        raise NotHere(f"{found} is {said}: wanted {least} or newer")
-    return found
+    older = []
+    for found in filter(None, map(shutil.which, GO_PLACES)):
+        said = subprocess.run(
+            [found, "env", "GOVERSION"],
+            env={**os.environ, "GOTOOLCHAIN": "local"},
+            capture_output=True,
+            text=True,
+            check=False,
+        ).stdout.strip()
+        if tuple(map(int, re.findall(r"\d+", said)[:3])) >= GO_AT_LEAST:
+            return found
+        older.append(f"{found} is {said or 'no Go'}")
+    what = ", ".join(older) or "neither PATH nor /usr/local/go has one"
+    raise NotHere(f"no Go that is new enough: {what}; wanted {least} or newer")
 
 
 def environment(cache: Path) -> dict[str, str]:
@@ -106,6 +106,14 @@ def source(go: str, program: Program, env: dict[str, str]) -> str:
     return str(json.loads(done.stdout)["Dir"])
 
 
+def failure(program: Program, lines: list[str]) -> Exception:
+    """NotHere where go could not get modules, as its own lines say; anything else is a build that broke."""
+    said = "".join(lines)
+    if any(NO_WAY.search(line) for line in lines if re.match(r"go: |\S+: module lookup|\S+@v\S+: ", line)):
+        return NotHere(f"modules of {program.pin} cannot be had: {' '.join(said.split())}")
+    return RuntimeError(f"{program.pin} does not build:\n{said}")
+
+
 def compile_program(go: str, program: Program, folder: Path, env: dict[str, str]) -> None:
     where = source(go, program, env)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".building-") as made:
@@ -124,10 +132,7 @@ def compile_program(go: str, program: Program, folder: Path, env: dict[str, str]
                     told = time.monotonic()
                     print(f"{program.name}: {packages} packages in {told - began:.0f} s", flush=True)
         if build.returncode:
-            said = "".join(lines)
-            if NO_WAY.search(said):
-                raise NotHere(f"modules of {program.pin} cannot be had: {' '.join(said.split())}")
-            raise RuntimeError(f"{program.pin} does not build:\n{said}")
+            raise failure(program, lines)
         for name in program.files:
             shutil.copyfile(Path(where, "cmd", program.name, name), folder / name)
         # Last: what is there has all that belongs to it.

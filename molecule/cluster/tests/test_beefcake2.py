@@ -26,8 +26,7 @@ from tests.render.beefcake2 import ADDRESSES, NODES, Rendered
 PLACE = "/run/test-beefcake2"
 NODE = NODES[0]
 UNITS = {
-    CONTROLLER: "gleaner-keeper.service gleaner-upstream.service gleaner-gateway-firewall.service nginx.service "
-    "slurmctld.service",
+    CONTROLLER: "gleaner-keeper.service gleaner-upstream.service nginx.service slurmctld.service",
     **dict.fromkeys(NODES, "gleaner-firewall.service gleaner-lend.socket gleaner-lend.service slurmd.service"),
 }
 # A node has them from its controller.
@@ -127,7 +126,6 @@ def test_every_file_is_one_that_a_program_reads(rendered: Rendered) -> None:
     """A new one needs a check here or, of Gleaner's own programs, in `tests/render`."""
     here = (
         "/cluster/shared/scripts/", "/etc/apt/", "/etc/default/slurmd", "/etc/gleaner/firewall.nft",
-        "/etc/gleaner/gateway.nft",
         "/etc/munge/munge.key", "/etc/mysql/", "/etc/nginx/", "/etc/slurm/", "/etc/systemd/system/", "/etc/tmpfiles.d/",
     )  # fmt: skip
     own = (r"/cluster/shared/ai/plans/.*\.json", r"/etc/gleaner/.*\.json", "/usr/local/bin/ai-inference-upstream")
@@ -156,11 +154,11 @@ def test_systemd_takes_its_units(host: str) -> None:
     assert said, code
 
 
-@pytest.mark.parametrize(("host", "name"), [(CONTROLLER, "gateway"), *((node, "firewall") for node in NODES)])
-def test_nftables_takes_the_firewall(host: str, name: str) -> None:
-    check = f"nft --check --file /etc/gleaner/{name}.nft"
-    assert as_there(host, check) == (0, "")
-    assert as_there(host, check, f"echo 'tabel x' >>etc/gleaner/{name}.nft")[0] != 0
+@pytest.mark.parametrize("node", NODES)
+def test_nftables_takes_the_firewall(node: str) -> None:
+    check = "nft --check --file /etc/gleaner/firewall.nft"
+    assert as_there(node, check) == (0, "")
+    assert as_there(node, check, "echo 'tabel x' >>etc/gleaner/firewall.nft")[0] != 0
 
 
 def errors_of_slurm_conf(spoil: str = "") -> str:
