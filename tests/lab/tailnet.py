@@ -55,8 +55,7 @@ class Lab:
             extra.unlink()
 
     def headscale(self, *words: str) -> Any:
-        said = cluster.run(COORDINATOR, f"{HEADSCALE} --output json {shlex.join(words)}")
-        return json.loads(said) if said.startswith(("{", "[")) else said
+        return json.loads(cluster.run(COORDINATOR, f"{HEADSCALE} --output json {shlex.join(words)}"))
 
     def auth_key(self, user: str, tag: str = "") -> str:
         number = next(one["id"] for one in self.headscale("users", "list") if one["name"] == user)

@@ -97,6 +97,7 @@ def as_there(host: str, command: str, spoil: str = "") -> tuple[int, str]:
         {spoil or ":"}
         mount -t overlay none -o lowerdir=/mnt/etc:/etc /etc
         mount -t tmpfs none /run
+        mkdir --mode=0700 /run/gleaner-tailnet
         mount -t tmpfs none /var/lib/slurm
         mkdir /var/lib/slurm/slurmd
         {command}
