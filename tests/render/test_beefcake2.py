@@ -63,7 +63,10 @@ def test_clients_find_both_tiers_where_the_seed_has_them(site: Rendered) -> None
     text = site.text(CONTROLLER, "/etc/nginx/sites-available/ai-inference")
     listened = [re.findall(r"listen (\S+)", server) for server in text.split("\nserver {")[1:]]
     # tailscale serve proxies to the loopback address.
-    assert listened == [[f"{address}:{port}" for address in ("127.0.0.1", "10.0.0.5")] for port in (8080, 8081)]
+    assert listened == [
+        [*(f"{address}:{port}" for address in ("127.0.0.1", "10.0.0.5")), f"unix:/run/gleaner-tailnet/{tier}.sock"]
+        for tier, port in (("fast", 8080), ("reasoning", 8081))
+    ]
     for path in ("/etc/gleaner/gateway.json", "/etc/gleaner/keeper.json"):
         assert json.loads(site.text(CONTROLLER, path))["registry"] == f"{SHARED}/ai/endpoints"
 

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shlex
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +12,7 @@ import pytest
 
 from tests.lab import cluster, tailnet
 from tests.lab.cluster import CONTROLLER, GEMMA3, PORT, SMOLLM2, SPLIT_PORT, THINKING, run
+from tests.lab.guide import examples, run_program
 from tests.lab.tailnet import HOST, LAPTOP, PEOPLE, Lab, ask, chat, serve_status
 
 CAPABILITY = "example.com/cap/reasoning"
@@ -409,10 +407,6 @@ def test_a_tier_with_a_capability_is_for_whom_it_was_granted(served: Lab) -> Non
 # The guide
 
 
-def examples(text: str, language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
-
-
 @pytest.fixture(scope="module")
 def guide(served: Lab) -> str:
     file = served.folder / "using.md"
@@ -435,19 +429,9 @@ def test_every_command_of_the_guide_works_at_the_laptop(guide: str) -> None:
 def test_every_program_of_the_guide_works_through_the_tailnet(guide: str, tmp_path: Path) -> None:
     programs = examples(guide, "python")
     assert len(programs) == 2
+    proxy = f"http://{tailnet.LAPTOP_ADDRESS}:{PEOPLE['alice'] + 1}"
     for number, program in enumerate(programs):
-        file = tmp_path / f"{number}.py"
-        file.write_text(program)
-        done = subprocess.run(
-            [sys.executable, str(file)],
-            env={**os.environ, "HTTP_PROXY": f"http://{tailnet.LAPTOP_ADDRESS}:{PEOPLE['alice'] + 1}", "NO_PROXY": ""},
-            capture_output=True,
-            text=True,
-            timeout=180,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.strip()
+        assert run_program(program, tmp_path / f"{number}.py", proxy).strip()
 
 
 # Last: the controller leaves the tailnet

@@ -41,7 +41,7 @@ ANSWERS: dict[str, dict[str, Any]] = {
     "__slurm_preemption_file": {"content": base64.b64encode(SLURM_CONF.encode()).decode()},
     "__slurm_preemption_stat": {"stat": {"uid": 0, "gid": 0, "mode": "0644"}},
     "__tailscale_serve_facts": {"ansible_facts": {"ansible_distribution_release": "trixie"}},
-    "__tailscale_serve_there": {"results": [{"stat": {"exists": True}}] * 2},
+    "__tailscale_serve_there": {"stat": {"exists": True}},
     "__tailscale_serve_status": {"stdout": TAILSCALE},
     "__tailscale_serve_now": {"stdout": TAILSCALE},
     "__tailscale_serve_node": {"foreign": []},
