@@ -7,7 +7,7 @@ import os
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -65,7 +65,8 @@ options:
       - The tailnet's service, for example C(svc:llm), as a host of which the node hands the paths on, in place of its
         own name. The node needs a tag.
       - A service is defined in the admin console, and approves its hosts there or by C(autoApprovers) of the policy.
-      - Setting a path advertises it. One that was drained by C(tailscale serve drain) stays so.
+      - Setting a path advertises it, taking the last one away ends that. A service that was drained by
+        C(tailscale serve drain) stays so.
     type: str
   program:
     description: The command line of tailscale.
@@ -280,7 +281,8 @@ class Client:
         """Change the serve configuration; once more when somebody else did in the same moment."""
         for attempt in range(1, ATTEMPTS + 1):
             try:
-                return "".join(self.run("serve", *([f"--service={self._service}"] if self._service else []), *words))
+                service = [f"--service={self._service}"] if self._service and words[0] != "clear" else []
+                return "".join(self.run("serve", *service, *words))
             except ServeError as error:
                 if BUSY not in str(error) or attempt == ATTEMPTS:
                     raise
@@ -321,7 +323,10 @@ def remembered(path: Path) -> list[Served]:
         return []
 
 
-def remember(path: Path, paths: Iterable[Served]) -> None:
+def remember(path: Path, paths: Collection[Served]) -> None:
+    if not paths:
+        path.unlink(missing_ok=True)
+        return
     path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}-", delete=False) as file:
         json.dump([asdict(one) for one in paths], file)
@@ -390,6 +395,9 @@ def main() -> None:
     try:
         config, ours = client.config(), remembered(memory)
         todo = plan(wanted, config, host, ours, remove_foreign)
+        if params["service"] and not wanted and config and not todo.foreign:
+            # The service, too: its last path alone would leave the node advertised as its host.
+            todo = Plan((("clear", params["service"]),), ())
         before = [one.in_words(host) for one in found(config, host)]
         kept = [*todo.foreign, *(one.in_words(host) for one in wanted)]
         if todo.commands and not module.check_mode:

@@ -1,4 +1,4 @@
-"""The guide for clients is what the inventory says; its examples are run by `tests/full/lab` and the scenario tailnet."""
+"""The guide for clients is what the inventory says. `tests/full/lab` and the scenario tailnet run its examples."""
 
 from __future__ import annotations
 

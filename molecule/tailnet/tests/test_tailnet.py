@@ -259,6 +259,17 @@ def test_a_restarted_tailscaled_still_serves(served: Lab) -> None:
     assert serve_status() == BOTH
 
 
+def test_what_an_upgrade_has_lost_is_restored(served: Lab) -> None:
+    run(CONTROLLER, "apt-get install --yes --reinstall tailscale && systemctl restart tailscaled")
+    cluster.wait_until("it is back", lambda: cluster.host(CONTROLLER).run("tailscale status").rc == 0)
+    run(CONTROLLER, "tailscale serve reset")
+    assert serve_status() == {}
+    restored = served.play("playbooks/tailnet.yml")
+    assert restored.changed == {CONTROLLER: 1}, restored.output
+    assert serve_status() == BOTH
+    cluster.wait_until("alice gets an answer", lambda: ask("alice", "/reasoning/health").status == 200)
+
+
 def test_what_a_new_login_has_lost_is_restored(served: Lab) -> None:
     run(CONTROLLER, "tailscale logout")
     assert serve_status() == {}
@@ -319,8 +330,11 @@ def test_the_same_paths_are_there_by_the_name_of_a_service(served: Lab) -> None:
         assert json.loads(run(CONTROLLER, "tailscale debug prefs"))["AdvertiseServices"] == ["svc:llm"]
         assert served.play("playbooks/tailnet.yml", tailnet_service="svc:llm").changed == {CONTROLLER: 0}
         assert serve_status() == BOTH
+        assert served.play("playbooks/tailnet.yml").changed == {CONTROLLER: 1}
+        assert "Services" not in json.loads(run(CONTROLLER, "tailscale serve status --json"))
+        assert not json.loads(run(CONTROLLER, "tailscale debug prefs"))["AdvertiseServices"]
     finally:
-        run(CONTROLLER, "tailscale serve clear svc:llm")
+        cluster.host(CONTROLLER).run("tailscale serve clear svc:llm")
     assert served.play("playbooks/tailnet.yml").changed == {CONTROLLER: 0}
 
 

@@ -45,6 +45,7 @@ ANSWERS: dict[str, dict[str, Any]] = {
     "__tailscale_serve_status": {"stdout": TAILSCALE},
     "__tailscale_serve_now": {"stdout": TAILSCALE},
     "__tailscale_serve_node": {"foreign": []},
+    "__tailscale_serve_hosted": {"files": []},
 }
 # By the last word of the question, where one task asks several.
 LIVE = {"config": CONFIG, "partition": "PartitionName=gpu_vasp AllowQos=ALL\n", "%N": "gpu_vasp vasp-01\n"}
