@@ -113,6 +113,11 @@ def tailnet_paths(value: Mapping[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
+def tailnet_superseded(value: Mapping[str, Any]) -> list[str]:
+    ports = site.gateway_ports(_plain(value)).values()
+    return [f"http://{host}:{port}" for port in ports for host in ("127.0.0.1", "localhost")]
+
+
 def tailnet_capabilities(value: Mapping[str, Any]) -> dict[str, str]:
     return {path.tier: path.capability for path in _tailnet(value).paths if path.capability}
 
@@ -187,6 +192,7 @@ class FilterModule:
             "tailnet_capabilities": tailnet_capabilities,
             "tailnet_paths": tailnet_paths,
             "tailnet_policy": tailnet_policy,
+            "tailnet_superseded": tailnet_superseded,
             "tensor_split": tensor_split,
             "tier_digest": tier_digest,
             "tier_plan": tier_plan,

@@ -60,6 +60,13 @@ options:
     type: str
     choices: [keep, remove]
     default: keep
+  superseded:
+    description:
+      - Targets that the declared ones stand in for, for example C(http://127.0.0.1:8080). Paths of whomever that lead
+        there are led elsewhere, or taken away; a TCP forward to one is refused.
+    type: list
+    elements: str
+    default: []
   service:
     description:
       - The tailnet's service, for example C(svc:llm), as a host of which the node hands the paths on, in place of its
@@ -185,12 +192,19 @@ class Plan:
 
 
 def plan(
-    wanted: Sequence[Served], config: Mapping[str, Any], host: str, ours: Iterable[Served], remove_foreign: bool
+    wanted: Sequence[Served],
+    config: Mapping[str, Any],
+    host: str,
+    ours: Iterable[Served],
+    remove_foreign: bool,
+    superseded: Collection[str] = (),
 ) -> Plan:
     """How to come from a configuration to the wanted paths. ServeError where something of others is in the way."""
+    ours = [*ours, *(one for one in found(config, host) if one.target in superseded)]
     refuse_conflicts(wanted, config, host, ours, remove_foreign)
     there, want = {one.place: one for one in found(config, host)}, {one.place: one for one in wanted}
     mine = {(one.place, one.target) for one in ours}
+    refuse_forwards(config, superseded)
     commands: list[list[str]] = []
     foreign = []
     for place, one in there.items():
@@ -209,6 +223,25 @@ def plan(
         f"{key} is open to the internet (funnel)" for key, on in (config.get("AllowFunnel") or {}).items() if on
     ]
     return Plan(tuple(map(tuple, commands)), tuple(foreign))
+
+
+def refuse_forwards(config: Mapping[str, Any], superseded: Collection[str]) -> None:
+    for port, one in (config.get("TCP") or {}).items():
+        if f"http://{one.get('TCPForward', '')}" in superseded:
+            raise ServeError(
+                f"port {port}: forwarded to {one['TCPForward']} as it is, past all that is declared: "
+                f"`tailscale serve --tcp={port} off` (or --tls-terminated-tcp)"
+            )
+
+
+def refuse_missing(wanted: Iterable[Served]) -> None:
+    """tailscale takes any path for a socket, and answers 502 while nobody listens there."""
+    for path in sorted({one.target.partition(":")[2] for one in wanted if one.target.startswith("unix:")}):
+        if not Path(path).is_socket():
+            raise ServeError(
+                f"{path} is no socket: nginx does not listen there. Run playbooks/gateway.yml first; after a run that "
+                "was broken off, `systemctl restart nginx`"
+            )
 
 
 def stale(config: Mapping[str, Any], host: str) -> list[str]:
@@ -362,6 +395,7 @@ def main() -> None:
                 },
             },
             "foreign": {"type": "str", "choices": ["keep", "remove"], "default": "keep"},
+            "superseded": {"type": "list", "elements": "str", "default": []},
             "service": {"type": "str"},
             "program": {"type": "str", "default": "tailscale"},
             "socket": {"type": "path"},
@@ -385,6 +419,9 @@ def main() -> None:
     try:
         host = client.host(wanted)
     except NotThere as error:
+        # What was set went with the login, or leads nowhere while the node is down.
+        if not wanted:
+            module.exit_json(changed=False, foreign=[], msg=str(error))
         # In a dry run it may be about to join.
         if not module.check_mode:
             module.fail_json(msg=str(error))
@@ -394,7 +431,9 @@ def main() -> None:
         module.fail_json(msg=str(error))
     try:
         config, ours = client.config(), remembered(memory)
-        todo = plan(wanted, config, host, ours, remove_foreign)
+        if not module.check_mode:
+            refuse_missing(wanted)
+        todo = plan(wanted, config, host, ours, remove_foreign, params["superseded"])
         if params["service"] and not wanted and config and not todo.foreign:
             # The service, too: its last path alone would leave the node advertised as its host.
             todo = Plan((("clear", params["service"]),), ())

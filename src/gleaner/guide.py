@@ -30,6 +30,7 @@ def facts(value: Mapping[str, Any]) -> dict[str, Any]:
                 "kind": tier["kind"],
                 "url": net.url(ways[tier["name"]]) if net and tier["name"] in ways else inside,
                 "inside_url": inside,
+                "on_tailnet": tier["name"] in ways,
                 "port": tier["gateway_port"],
                 "capability": ways[tier["name"]].capability if tier["name"] in ways else "",
                 "gpus": tier.get("gpus_per_node") or 1 if tier["kind"] == "router" else 1 + len(tier["workers"]),

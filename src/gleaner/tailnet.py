@@ -143,12 +143,22 @@ def examine(check: Checker, value: object, ports: Mapping[str, object]) -> None:
     served = [path.get("tier") for path in _mappings(net.get("paths"))]
     for index, item in enumerate(check.items(net.get("access"), "tailnet.access")):
         _check_access(check, item, f"tailnet.access[{index}]", net, served)
+    groups = net["groups"] if isinstance(net.get("groups"), Mapping) else {}
+    named = [who for entry in _mappings(net.get("access")) for who in _list(entry.get("who"))]
+    admitted = [*named, *(who for name in named if isinstance(name, str) for who in _list(groups.get(name)))]
     for index, who in enumerate(check.items(net.get("outsiders") or [], "tailnet.outsiders")):
         _check_selector(check, who, f"tailnet.outsiders[{index}]", (_USER, _TAG))
+        if who in admitted:
+            cure = "take it out of tailnet.outsiders, or out of who may ask"
+            check.add(f"tailnet.outsiders[{index}]", who, "somebody whom no access admits", cure)
+
+
+def _list(value: object) -> list[Any]:
+    return value if isinstance(value, list) else []
 
 
 def _mappings(value: object) -> list[Mapping[str, Any]]:
-    return [item for item in value if isinstance(item, Mapping)] if isinstance(value, list) else []
+    return [item for item in _list(value) if isinstance(item, Mapping)]
 
 
 def _check_selector(
@@ -303,9 +313,10 @@ def tests(net: Tailnet) -> list[dict[str, Any]]:
     public: dict[bool, set[int]] = {False: set(), True: set()}
     for entry in net.access:
         granted = {path.port for path in net.paths if path.tier in entry.tiers}
-        for tagged, everybody in ((False, "autogroup:member"), (True, "autogroup:tagged")):
-            if everybody in entry.who:
-                public[tagged] |= granted
+        for one in entry.who:
+            if _AUTOGROUP.fullmatch(one):
+                # Whether somebody is of one by a role, an inventory does not know: nothing is asked of that port then.
+                public[one == "autogroup:tagged"] |= granted
         for who in _examples(entry.who, net.groups):
             members = {who, *(name for name, people in net.groups.items() if who in people)}
             open_to[who] = {

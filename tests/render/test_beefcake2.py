@@ -62,7 +62,7 @@ def test_files_are_where_the_seed_has_them(site: Rendered) -> None:
 def test_clients_find_both_tiers_where_the_seed_has_them(site: Rendered) -> None:
     text = site.text(CONTROLLER, "/etc/nginx/sites-available/ai-inference")
     listened = [re.findall(r"listen (\S+)", server) for server in text.split("\nserver {")[1:]]
-    # tailscale serve proxies to the loopback address.
+    # tailscale serve leads to the sockets.
     assert listened == [
         [*(f"{address}:{port}" for address in ("127.0.0.1", "10.0.0.5")), f"unix:/run/gleaner-tailnet/{tier}.sock"]
         for tier, port in (("fast", 8080), ("reasoning", 8081))

@@ -100,8 +100,13 @@ def test_a_port_that_all_members_reach_is_not_asked_of_outsiders() -> None:
     everybody = net(access=[{"who": ["autogroup:member"], "tiers": ["fast"]}], outsiders=["mallory@example.com"])
     (mallory,) = tailnet.tests(everybody)
     assert mallory["deny"] == [f"{TAG}:8080", f"{TAG}:8081"]
+    # She may be one of them.
     admins = net(access=[{"who": ["autogroup:admin"], "tiers": ["fast"]}], outsiders=["mallory@example.com"])
-    assert f"{TAG}:443" in tailnet.tests(admins)[0]["deny"]
+    assert tailnet.tests(admins)[0]["deny"] == [f"{TAG}:8080", f"{TAG}:8081"]
+    tagged = net(access=[{"who": ["autogroup:tagged"], "tiers": ["fast"]}], outsiders=["mallory@example.com", "tag:ci"])
+    mallory, ci = tailnet.tests(tagged)
+    assert f"{TAG}:443" in mallory["deny"]
+    assert f"{TAG}:443" not in ci["deny"]
 
 
 def test_every_tag_that_is_named_has_an_owner() -> None:
@@ -179,6 +184,10 @@ def test_a_good_one_has_no_problems() -> None:
         ({"access": [{"who": ["group:big"], "tiers": ["fast"]}]}, "tailnet.access[0].who[0] = 'group:big'"),
         ({"access": [{"who": ["group:ai"], "tiers": ["quick"]}]}, "tailnet.access[0].tiers[0] = 'quick'"),
         ({"access": [{"who": ["group:ai"], "tiers": [["fast"]]}]}, "tailnet.access[0].tiers[0] = ['fast']"),
+        (
+            {"outsiders": ["bob@example.com"]},
+            "tailnet.outsiders[0] = 'bob@example.com'; wanted somebody whom no access",
+        ),
         ({"outsiders": ["group:ai"]}, "tailnet.outsiders[0] = 'group:ai'"),
         ({"funnel": True}, "tailnet.funnel = True"),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -116,6 +117,21 @@ def test_what_a_command_would_destroy_silently_is_refused(more: dict[str, Any], 
 def test_http_and_https_on_one_port_are_refused() -> None:
     with pytest.raises(ServeError, match="HTTP and HTTPS cannot share it"):
         planned([FAST, Served(443, False, "/x", "http://127.0.0.1:1")], {})
+
+
+def test_a_path_that_led_there_before_by_hand_is_led_elsewhere_or_goes() -> None:
+    by_hand = [Served(443, True, "/", "http://127.0.0.1:8080"), Served(443, True, "/old/", "http://127.0.0.1:8081")]
+    new = Served(443, True, "/", "unix:/run/x/fast.sock")
+    there = config(*by_hand)
+    found = plan([new], there, HOST, [], False, ["http://127.0.0.1:8080", "http://127.0.0.1:8081"])
+    assert [" ".join(words) for words in found.commands] == [
+        "--yes --https=443 --set-path=/old/ off",
+        "--bg --yes --https=443 --set-path=/ unix:/run/x/fast.sock",
+    ]
+    assert found.foreign == ()
+    forward = {**there, "TCP": {**there["TCP"], "9000": {"TCPForward": "127.0.0.1:8081"}}}
+    with pytest.raises(ServeError, match=r"port 9000: forwarded to 127\.0\.0\.1:8081 as it is"):
+        plan([new], forward, HOST, [], False, ["http://127.0.0.1:8081"])
 
 
 # The module, with a stand-in for the command line
@@ -235,3 +251,23 @@ def test_somebody_else_s_change_in_the_same_moment_is_waited_for(node: Node) -> 
 
 def test_a_host_without_tailscale_says_so(node: Node) -> None:
     assert "is not on this host: install tailscale first" in node.run(BOTH, program=str(node.folder / "none"))["msg"]
+
+
+def test_a_socket_that_nobody_listens_on_is_refused(node: Node) -> None:
+    target = f"unix:{node.folder}/fast.sock"
+    assert node.run([Served(443, True, "/", target)], check=True)["changed"]
+    done = node.run([Served(443, True, "/", target)])
+    assert "fast.sock is no socket: nginx does not listen there" in done["msg"]
+    assert node.calls == []
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(f"{node.folder}/fast.sock")
+        assert node.run([Served(443, True, "/", target)])["changed"]
+
+
+def test_nothing_is_asked_where_nothing_was_set_and_nothing_fails_where_it_went(node: Node) -> None:
+    assert not node.run([], program=str(node.folder / "none"))["changed"]
+    node.run([FAST])
+    done = node.run([], program=str(node.folder / "none"))
+    assert (done["changed"], done.get("failed")) == (False, None)
+    assert node.run([])["changed"]
+    assert not node.memory.exists()

@@ -47,7 +47,14 @@ def test_a_package_that_the_key_did_not_sign_is_not_installed(lab: Lab) -> None:
     refused = lab.play("playbooks/tailnet.yml", key="not asked for", tailscale_serve_key_sha256="0" * 64)
     assert refused.code != 0
     assert "checksum" in refused.text
+    # Another key under its name, as of a repository that changed hands.
+    keyring = "/usr/share/keyrings/tailscale-archive-keyring.gpg"
+    run(CONTROLLER, f"cp /usr/share/keyrings/debian-archive-keyring.gpg {keyring}")
+    refused = lab.play("playbooks/tailnet.yml", key="not asked for")
+    assert refused.code != 0
+    assert "is not signed" in refused.text
     assert not cluster.host(CONTROLLER).exists("tailscale")
+    run(CONTROLLER, f"rm {keyring} /etc/apt/sources.list.d/tailscale.sources /etc/apt/preferences.d/tailscale")
 
 
 def test_without_a_key_the_first_run_names_it(lab: Lab) -> None:
@@ -245,8 +252,11 @@ def test_the_policy_says_what_it_refuses_and_headscale_believes_it_only_with_its
         {**policy, "grants": [*policy["grants"], {"src": ["*"], "dst": ["*"], "ip": ["*"]}]},
         {**policy, "grants": policy["grants"][:1]},
     ):
-        with pytest.raises(AssertionError, match="test"):
-            served.set_policy(json.dumps(spoilt))
+        try:
+            with pytest.raises(AssertionError, match="test"):
+                served.set_policy(json.dumps(spoilt))
+        finally:
+            served.set_policy(text)
     assert ask("alice", "/health").status == 200
 
 
@@ -461,6 +471,8 @@ def test_a_site_without_a_tailnet_any_more_hands_nothing_on(served: Lab) -> None
     assert ask("alice", "/health").status == 0
     assert not cluster.host(CONTROLLER).file(SOCKETS.partition(":")[2]).exists
     assert cluster.ask("/health").status == 200
+    refused = served.play("playbooks/tailnet.yml")
+    assert "fast.sock is no socket: nginx does not listen there. Run playbooks/gateway.yml first" in refused.text
     for name in ("playbooks/gateway.yml", "playbooks/tailnet.yml"):
         assert served.play(name).code == 0
     assert ask("alice", "/health").status == 200

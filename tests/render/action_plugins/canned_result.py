@@ -29,7 +29,7 @@ SelectTypeParameters=CR_Core_Memory
 NodeName=vasp-[01-03] CPUs=40 RealMemory=384000 Gres=gpu:v100s:1
 PartitionName=gpu_vasp Nodes=vasp-[01-03] Default=YES
 """
-TAILSCALE = """{"BackendState": "Running", "Self": {"HostName": "slurm-ctl", "Online": true,
+TAILSCALE = """{"Version": "1.102.5", "BackendState": "Running", "Self": {"HostName": "slurm-ctl", "Online": true,
 "DNSName": "slurm-ctl.tailc46cd0.ts.net.", "Tags": ["tag:llm-gateway"]}}"""
 # By the name of the variable that the task registers.
 ANSWERS: dict[str, dict[str, Any]] = {
@@ -45,6 +45,7 @@ ANSWERS: dict[str, dict[str, Any]] = {
     "__tailscale_serve_status": {"stdout": TAILSCALE},
     "__tailscale_serve_now": {"stdout": TAILSCALE},
     "__tailscale_serve_node": {"foreign": []},
+    "__tailscale_serve_others_sources": {"matched": 0},
     "__tailscale_serve_hosted": {"files": []},
 }
 # By the last word of the question, where one task asks several.
