@@ -22,7 +22,7 @@ def facts(value: Mapping[str, Any]) -> dict[str, Any]:
     ways = {path.tier: path for path in reversed(net.paths)} if net else {}
     tiers = []
     for tier in value["tiers"]:
-        inside = f"http://{value['controller_address'] or value['controller']}:{tier['gateway_port']}/"
+        inside = f"http://{_inside(value)}:{tier['gateway_port']}/"
         reasons = tier["kind"] == "layer_split" and tier.get("reasoning_format") != "none"
         tiers.append(
             {
@@ -48,6 +48,13 @@ def facts(value: Mapping[str, Any]) -> dict[str, Any]:
         "host": net.host if net else None,
         "tiers": tiers,
     }
+
+
+def _inside(value: Mapping[str, Any]) -> str:
+    """Where the gateway listens for the cluster's own network: the first such address, or the controller's own."""
+    others = [str(one) for one in value.get("gateway_listen") or [] if not str(one).startswith(("127.", "[::1]"))]
+    address: str = (others or [value["controller_address"] or value["controller"]])[0]
+    return address
 
 
 def _models(value: Mapping[str, Any], tier: Mapping[str, Any], split: set[str]) -> list[Mapping[str, Any]]:

@@ -8,8 +8,9 @@ from tests.docs.readme import ROOT
 from tests.filters.ansible import run
 
 
-def written(inventory: str, file: Path) -> str:
-    done = run("ansible-playbook", "playbooks/guide.yml", "-i", f"inventories/{inventory}", "-e", f"guide_file={file}")
+def written(inventory: str, file: Path, *more: str) -> str:
+    wanted = ["-i", f"inventories/{inventory}", "-e", f"guide_file={file}", *more]
+    done = run("ansible-playbook", "playbooks/guide.yml", *wanted)
     assert done.returncode == 0, done.stdout + done.stderr
     return file.read_text()
 
@@ -26,3 +27,9 @@ def test_a_site_without_a_tailnet_has_the_gateways_own_addresses(tmp_path: Path)
     assert "tailnet" not in guide
     assert "https://" not in guide.replace("https://platform.openai.com", "")
     assert "curl -sS --fail-with-body http://10.213." in guide
+
+
+def test_the_address_inside_is_one_on_which_the_gateway_listens(tmp_path: Path) -> None:
+    guide = written("lab", tmp_path / "using.md", "-e", '{"gateway_listen": ["127.0.0.1", "10.99.0.7"]}')
+    assert "http://10.99.0.7:8080/" in guide
+    assert "10.213." not in guide
