@@ -20,6 +20,7 @@ def programs() -> Path:
     try:
         return tailnet_programs.build(cache)
     except tailnet_programs.NotHere as reason:
+        # Nothing here can bring Go, or a way to its modules; a build that breaks is another error, and fails.
         pytest.skip(f"scenario tailnet: {reason}")
 
 
