@@ -409,6 +409,14 @@ class Checker:
                 cure = f"did you mean {near}?" if near else "remove it"
                 self.add(f"{prefix}{_word(key)}", value[key], f"one of {', '.join(allowed)}", cure)
 
+    def entry(self, value: object, variable: str, allowed: Iterable[str]) -> Mapping[str, Any] | None:
+        """A dictionary that has none but these keys; None where it is no dictionary at all."""
+        if not isinstance(value, Mapping):
+            self.mapping(value, variable)
+            return None
+        self.keys(value, allowed, f"{variable}.")
+        return value
+
     def text(self, value: object, variable: str, pattern: re.Pattern[str], wanted: str, cure: str) -> str | None:
         if isinstance(value, str) and pattern.fullmatch(value):
             return value
@@ -644,10 +652,9 @@ def _check_gpus(check: Checker, value: object, host: str, cores: int | None) -> 
     devices: dict[Any, str] = {}
     for index, item in enumerate(gpus):
         variable = f"{host}.gpus[{index}]"
-        gpu = check.mapping(item, variable)
-        if not isinstance(item, Mapping):
+        gpu = check.entry(item, variable, _GPU_KEYS)
+        if gpu is None:
             continue
-        check.keys(gpu, _GPU_KEYS, f"{variable}.")
         check.text(
             gpu.get("model", _MISSING),
             f"{variable}.model",
@@ -711,10 +718,9 @@ def _check_nodes(check: Checker, value: object) -> dict[str, _NodeFacts]:
                 "host names of letters, digits, - and .",
                 "rename the inventory host",
             )
-        node = check.mapping(item, host)
-        if not isinstance(item, Mapping):
+        node = check.entry(item, host, _NODE_KEYS)
+        if node is None:
             continue
-        check.keys(node, _NODE_KEYS, f"{host}.")
         for key in ("cluster_address", "rpc_address"):
             address = check.address(node.get(key, _MISSING), f"{host}.{key}")
             if address is None:
@@ -767,10 +773,9 @@ def _check_unique(check: Checker, seen: dict[Any, str], value: object, variable:
 
 
 def _check_model(check: Checker, item: object, variable: str, headers: Headers) -> str | None:
-    model = check.mapping(item, variable)
-    if not isinstance(item, Mapping):
+    model = check.entry(item, variable, _MODEL_KEYS)
+    if model is None:
         return None
-    check.keys(model, _MODEL_KEYS, f"{variable}.")
     name = check.text(
         model.get("name", _MISSING),
         f"{variable}.name",
@@ -813,9 +818,8 @@ def _check_parts(check: Checker, model: Mapping[str, Any], variable: str) -> Non
     if _sequence(model["parts"]) and len(parts) < 2:
         check.add(f"{variable}.parts", model["parts"], "two parts or more", "write source and sha256 of a single file")
     for index, item in enumerate(parts):
-        part = check.mapping(item, f"{variable}.parts[{index}]")
-        if isinstance(item, Mapping):
-            check.keys(part, _PART_KEYS, f"{variable}.parts[{index}].")
+        part = check.entry(item, f"{variable}.parts[{index}]", _PART_KEYS)
+        if part is not None:
             _check_part(check, part, f"{variable}.parts[{index}]")
 
 

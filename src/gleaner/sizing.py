@@ -123,10 +123,9 @@ def _slots(check: Checker, value: object) -> tuple[list[Slot], Slot | None]:
         check.add("devices", value, "at least one device", example)
     for index, item in enumerate(items):
         variable = f"devices[{index}]"
-        device = check.mapping(item, variable)
-        if not isinstance(item, Mapping):
+        device = check.entry(item, variable, ("memory_mib", "memory_used_mib", "backend", "remote"))
+        if device is None:
             continue
-        check.keys(device, ("memory_mib", "memory_used_mib", "backend", "remote"), f"{variable}.")
         total = check.whole(device.get("memory_mib"), f"{variable}.memory_mib", *TIER_WHOLES["memory_mib"]) or 2**31
         used = check.whole(device.get("memory_used_mib", 0), f"{variable}.memory_used_mib", 0, total - 1, "0") or 0
         backend = check.choice(device.get("backend", "cuda"), f"{variable}.backend", BACKENDS)

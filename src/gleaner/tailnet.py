@@ -101,10 +101,9 @@ class Tailnet:
 
 def examine(check: Checker, value: object, ports: Mapping[str, object]) -> None:
     """Everything that is wrong with the variable ``tailnet``; ``ports`` has each tier's port of the gateway."""
-    net = check.mapping(value, "tailnet")
-    if not isinstance(value, Mapping):
+    net = check.entry(value, "tailnet", _KEYS)
+    if net is None:
         return
-    check.keys(net, _KEYS, "tailnet.")
     check.text(
         net.get("hostname"),
         "tailnet.hostname",
@@ -199,10 +198,9 @@ def _check_paths(check: Checker, net: Mapping[str, Any], ports: Mapping[str, obj
     capabilities: dict[str, object] = {}
     for index, item in enumerate(paths):
         prefix = f"tailnet.paths[{index}]"
-        path = check.mapping(item, prefix)
-        if not isinstance(item, Mapping):
+        path = check.entry(item, prefix, _PATH_KEYS)
+        if path is None:
             continue
-        check.keys(path, _PATH_KEYS, f"{prefix}.")
         mount = check.text(
             path.get("path"),
             f"{prefix}.path",
@@ -237,10 +235,9 @@ def _check_paths(check: Checker, net: Mapping[str, Any], ports: Mapping[str, obj
 
 
 def _check_access(check: Checker, item: object, prefix: str, net: Mapping[str, Any], served: Sequence[object]) -> None:
-    entry = check.mapping(item, prefix)
-    if not isinstance(item, Mapping):
+    entry = check.entry(item, prefix, _ACCESS_KEYS)
+    if entry is None:
         return
-    check.keys(entry, _ACCESS_KEYS, f"{prefix}.")
     for index, who in enumerate(check.items(entry.get("who"), f"{prefix}.who")):
         _check_selector(check, who, f"{prefix}.who[{index}]")
         _check_group(check, who, f"{prefix}.who[{index}]", net)
