@@ -22,23 +22,25 @@ def facts(value: Mapping[str, Any]) -> dict[str, Any]:
     ways = {path.tier: path for path in reversed(net.paths)} if net else {}
     tiers = []
     for tier in value["tiers"]:
+        way = ways.get(tier["name"])
+        drain = tier.get("drain_seconds")
         inside = f"http://{_inside(value)}:{tier['gateway_port']}/"
         reasons = tier["kind"] == "layer_split" and tier.get("reasoning_format") != "none"
         tiers.append(
             {
                 "name": tier["name"],
                 "kind": tier["kind"],
-                "url": net.url(ways[tier["name"]]) if net and tier["name"] in ways else inside,
+                "url": net.url(way) if net and way else inside,
                 "inside_url": inside,
-                "on_tailnet": tier["name"] in ways,
+                "on_tailnet": way is not None,
                 "port": tier["gateway_port"],
-                "capability": ways[tier["name"]].capability if tier["name"] in ways else "",
+                "capability": way.capability if way else "",
                 "gpus": tier.get("gpus_per_node") or 1 if tier["kind"] == "router" else 1 + len(tier["workers"]),
                 "models": [_names(model) for model in _models(value, tier, split)],
                 "models_max": tier.get("models_max") or site.Tier.models_max,
                 "context_tokens": tier["context_tokens"],
                 "parallel": tier.get("parallel") or site.Tier.parallel,
-                "drain_seconds": tier["drain_seconds"] if tier.get("drain_seconds") is not None else 5,
+                "drain_seconds": site.Tier.drain_seconds if drain is None else drain,
                 "reasons": reasons,
             }
         )
