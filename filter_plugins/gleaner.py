@@ -95,22 +95,7 @@ def _tailnet(value: Mapping[str, Any]) -> tailnet.Tailnet:
 
 
 def tailnet_paths(value: Mapping[str, Any]) -> list[dict[str, Any]]:
-    net = _tailnet(value)
-    # Each path of a port has all of its capabilities: requests that share a connection share what serve asks for.
-    known = {
-        port: sorted({path.capability for path in net.paths if path.port == port and path.capability})
-        for port in {path.port for path in net.paths}
-    }
-    return [
-        {
-            "mount": path.mount,
-            "target": path.target,
-            "port": path.port,
-            "https": net.https,
-            "app_capabilities": known[path.port],
-        }
-        for path in net.paths
-    ]
+    return tailnet.served(_tailnet(value))
 
 
 def tailnet_superseded(value: Mapping[str, Any]) -> list[str]:

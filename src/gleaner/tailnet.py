@@ -275,13 +275,34 @@ def read(value: Mapping[str, Any], ports: Mapping[str, int]) -> Tailnet:
     )
 
 
+def _capabilities(paths: Iterable[Path], port: int) -> list[str]:
+    return sorted({path.capability for path in paths if path.port == port and path.capability})
+
+
+def served(net: Tailnet) -> list[dict[str, Any]]:
+    """What `tailscale serve` is to hand on, a path each, as the module ``tailscale_serve`` takes it.
+
+    Each path of a port has all of its capabilities: requests that share a connection share what serve asks for.
+    """
+    return [
+        {
+            "mount": path.mount,
+            "target": path.target,
+            "port": path.port,
+            "https": net.https,
+            "app_capabilities": _capabilities(net.paths, path.port),
+        }
+        for path in net.paths
+    ]
+
+
 def grants(net: Tailnet) -> list[dict[str, Any]]:
     """One for each set of people and each port, with the capabilities that they are to have on it."""
     found: list[dict[str, Any]] = []
     for entry in net.access:
         mine = [path for path in net.paths if path.tier in entry.tiers]
         for port in sorted({path.port for path in mine}):
-            capabilities = sorted({path.capability for path in mine if path.port == port and path.capability})
+            capabilities = _capabilities(mine, port)
             places = [net.tag, *([net.service] if net.service else [])]
             grant: dict[str, Any] = {"src": list(entry.who), "dst": places, "ip": [f"tcp:{port}"]}
             if capabilities:
