@@ -13,6 +13,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 LAB_ID = os.environ.get("GLEANER_LAB_ID") or "0"
+CACHE = Path(os.environ.get("GLEANER_CACHE") or "/var/cache/gleaner")
 SUMMARY = re.compile(r"^(\S+) +: ok=\d+ +changed=(\d+) +unreachable=(\d+) +failed=(\d+)", re.MULTILINE)
 
 

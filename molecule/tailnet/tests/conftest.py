@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.lab import cluster, tailnet
-from tests.lab.ansible import ROOT
+from tests.lab.ansible import CACHE, ROOT
 from tests.lab.telling import pytest_runtest_makereport as pytest_runtest_makereport
 from tools import tailnet_programs
 
 
 @pytest.fixture(scope="session")
 def programs() -> Path:
-    cache = Path(os.environ.get("GLEANER_CACHE") or "/var/cache/gleaner") / "tailnet"
     try:
-        return tailnet_programs.build(cache)
+        return tailnet_programs.build(CACHE / "tailnet")
     except tailnet_programs.NotHere as reason:
         # Nothing here can bring Go, or a way to its modules; a build that breaks is another error, and fails.
         pytest.skip(f"scenario tailnet: {reason}")

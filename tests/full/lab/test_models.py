@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,7 +12,7 @@ import pytest
 
 from gleaner import gguf
 from tests.lab import cluster, models
-from tests.lab.ansible import ROOT
+from tests.lab.ansible import CACHE, ROOT
 from tests.lab.cluster import SMOLLM2, TIER_NODE, TINY, run
 from tests.lab.models import OFFERS, VISIBLE, offer, offered, visible
 
@@ -21,7 +20,7 @@ LEAVING = "leaving-while-serving"
 FRAGILE = "fragile"
 STRAY = "brought-by-hand"
 SPLIT = "tiny-in-parts"
-SOURCES = Path(os.environ.get("GLEANER_CACHE") or "/var/cache/gleaner", "sources")
+SOURCES = CACHE / "sources"
 
 
 @pytest.fixture(scope="module", autouse=True)

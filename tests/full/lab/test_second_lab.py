@@ -15,12 +15,11 @@ from pathlib import Path
 import pytest
 
 from tests.lab import cluster
-from tests.lab.ansible import LAB_ID, ROOT, Run, playbook, succeed
+from tests.lab.ansible import CACHE, LAB_ID, ROOT, Run, playbook, succeed
 
 SECOND = str((int(LAB_ID) + 1) % 10)
 HOST = "vasp-01"
 FOLDER = Path("/var/lib/gleaner-lab") / SECOND
-CACHE = Path(os.environ.get("GLEANER_CACHE") or "/var/cache/gleaner")
 PROXY = f"10.213.{SECOND}.1:3143"
 
 
