@@ -300,9 +300,5 @@ def test_tmpfiles_and_apt_take_theirs() -> None:
     for name in ("gleaner-non-free", "tailscale"):
         assert as_there(CONTROLLER, sources, f"sed -i /Suites/d etc/apt/sources.list.d/{name}.sources")[0] != 0
     assert as_there(CONTROLLER, "apt-cache policy >/dev/null") == (0, "")
-    assert (
-        as_there(CONTROLLER, "apt-cache policy", "sed -i s/^Pin-Priority:/Pin-Prio:/ etc/apt/preferences.d/tailscale")[
-            0
-        ]
-        != 0
-    )
+    spoilt = "sed -i s/^Pin-Priority:/Pin-Prio:/ etc/apt/preferences.d/tailscale"
+    assert as_there(CONTROLLER, "apt-cache policy", spoilt)[0] != 0
