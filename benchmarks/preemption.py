@@ -167,6 +167,14 @@ class Controller:
         before, job = self.run(f"cd {FOLDER} && date +%s.%N && runuser -u {USER} -- {command}").split()
         return int(job), float(before)
 
+    def queue(self, states: str = "") -> list[int]:
+        """Paying jobs in these states, or all that have not ended.
+
+        Not by their numbers, which Slurm may have forgotten: a question that fails is no idle node.
+        """
+        only = f" --states={states}" if states else ""
+        return [int(job) for job in self.run(f"squeue --noheader --user={USER} --format=%A{only}").split()]
+
     def noted(self, job: int, what: str, seconds: float) -> float:
         """What a paying job has noted, once it has."""
         path = f"{FOLDER}/{job}.{what}"
@@ -346,8 +354,11 @@ def paying(controller: Controller, tiers: Sequence[str]) -> Iterator[tuple[int, 
     try:
         yield job, submitted
     finally:
-        # A job that is over, as it should be, cannot be cancelled: what went wrong before this is told by itself.
-        controller.run(f"runuser -u {USER} -- touch {FOLDER}/{job}.stop; scancel --quiet {job} || true")
+        controller.run(f"runuser -u {USER} -- touch {FOLDER}/{job}.stop")
+        # One that waits does not see that. One that runs is not cancelled: it may be over by then, which is an error.
+        if job in controller.queue("PENDING"):
+            controller.run(f"scancel {job}")
+        wait_until("the paying job is over", lambda: job not in controller.queue(), 30)
 
 
 def idle_wait(controller: Controller, tiers: Sequence[str]) -> float:
@@ -357,8 +368,7 @@ def idle_wait(controller: Controller, tiers: Sequence[str]) -> float:
     with paying(controller, tiers) as (job, submitted):
         started = controller.noted(job, "start", 60)
         controller.end(job)
-    # Not by its number, which Slurm may have forgotten: a question that fails is no idle node.
-    wait_until("the nodes are idle again", lambda: not controller.run(f"squeue --noheader --user={USER}"), 30)
+    wait_until("the nodes are idle again", lambda: not controller.queue(), 30)
     return started - submitted
 
 
