@@ -43,16 +43,20 @@ after: {description: The same afterwards. In check mode the state that is wished
 """
 
 
+# Of `gleaner status`: Slurm does not answer, which the tier's state says, too.
+STATUS_UNSEEN = 3
+
+
 class TierError(Exception):
     """The tier cannot be told; the text says why."""
 
 
 def status_of(module: AnsibleModule, name: str) -> dict[str, object]:
     """The tier's line of `gleaner status`; TierError when there is none."""
-    code, out, err = module.run_command(["gleaner", "status", "--json"])
-    if code != 0:
+    code, out, err = module.run_command(["gleaner", "status", "--json", "--tiers"])
+    if code not in (0, STATUS_UNSEEN):
         raise TierError(err.strip() or f"gleaner status: exit code {code}")
-    lines: list[dict[str, object]] = json.loads(out)
+    lines: list[dict[str, object]] = json.loads(out)["tiers"]
     for line in lines:
         if line["tier"] == name:
             return line

@@ -10,7 +10,7 @@ import re
 import subprocess
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from gleaner import digest
 from gleaner.states import Cause
@@ -190,6 +190,11 @@ class Node:
     cpus_held: int
     mem_mib: int
     mem_held_mib: int
+    state: str = field(default="", compare=False)
+    """Slurm's own words, such as ``IDLE+DRAIN``; with `reason` and `version` for people only."""
+    reason: str = field(default="", compare=False)
+    version: str = field(default="", compare=False)
+    """Of its slurmd; empty while that has not answered."""
 
     def whole_cores(self, cpus: int) -> int:
         """What Slurm takes for so many processors: it shares no core among jobs."""
@@ -221,11 +226,18 @@ def parse_nodes(text: str) -> dict[str, Node]:
                 cpus_held=int(fields["CPUAlloc"]),
                 mem_mib=int(fields["RealMemory"]) - int(fields.get("MemSpecLimit", "0")),
                 mem_held_mib=int(fields["AllocMem"]),
+                state=fields["State"],
+                reason=_known(fields.get("Reason", "")),
+                version=_known(fields.get("Version", "")),
             )
         except (KeyError, ValueError) as error:
             raise SlurmError(f"scontrol: cannot read the node {line.strip()[:80]!r} ({error!r})") from None
         found[node.name] = node
     return found
+
+
+def _known(text: str) -> str:
+    return "" if text in _ABSENT else text
 
 
 def _gpus(gres: str) -> int:
@@ -287,7 +299,7 @@ class Run:
     gpus: int
 
 
-def _sacct(since: float, until: float, *more: str) -> str:
+def _sacct(since: float, until: float, timeout_seconds: float, *more: str) -> str:
     return run(
         [
             *("sacct", "--allocations", "--duplicates", "--noheader", "--parsable2"),
@@ -295,23 +307,30 @@ def _sacct(since: float, until: float, *more: str) -> str:
             f"--endtime={local_time(until)}",
             *more,
         ],
-        ACCOUNTING_SECONDS,
+        timeout_seconds,
         SLURM_TIME_FORMAT="%s",
     )
 
 
-def runs(since: float, until: float, problems: list[str]) -> list[Run]:
-    """Everybody's runs that were there at some time from `since` to `until`, by their start.
+def runs(
+    since: float,
+    until: float,
+    problems: list[str],
+    timeout_seconds: float = ACCOUNTING_SECONDS,
+    nodes: Sequence[str] = (),
+) -> list[Run]:
+    """Everybody's runs that were there at some time from `since` to `until`, by their start; on these nodes, if any.
 
     What cannot be read is left out and named in `problems`.
     """
     fields = "JobIDRaw,User,State,Submit,Start,End,NodeList,AllocTRES"
-    return parse_runs(_sacct(since, until, "--allusers", f"--format={fields}"), problems)
+    there = [f"--nodelist={','.join(nodes)}"] if nodes else []
+    return parse_runs(_sacct(since, until, timeout_seconds, "--allusers", f"--format={fields}", *there), problems)
 
 
 def names_of(user: str, since: float, until: float) -> dict[int, str]:
     """The names of a user's jobs. Others may hold whatever, so theirs are not asked for."""
-    rows = _sacct(since, until, f"--user={user}", "--format=JobIDRaw,JobName").split("\n")
+    rows = _sacct(since, until, ACCOUNTING_SECONDS, f"--user={user}", "--format=JobIDRaw,JobName").split("\n")
     return {int(job): name for job, _, name in (row.partition("|") for row in rows) if job.isdigit()}
 
 

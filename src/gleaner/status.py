@@ -1,16 +1,15 @@
-"""What each tier is doing, in words (`gleaner status`)."""
+"""What each tier is doing, in a word and the facts behind it: one line per tier, which `gleaner status` begins with."""
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
-from pathlib import Path
 from typing import Any
 
-from gleaner import keeper, record, slurm, upstream
+from gleaner import bounded, keeper, record, slurm, upstream
 from gleaner.record import Record
 from gleaner.states import Tier
+
+SHARED_SECONDS = 5.0
 
 
 def state_of(jobs: list[slurm.Job] | None, reading: record.Reading, routed: bool, kept: keeper.TierState) -> Tier:
@@ -34,66 +33,72 @@ def state_of(jobs: list[slurm.Job] | None, reading: record.Reading, routed: bool
     return Tier.LOADING
 
 
-def look(config: upstream.Config, kept: dict[str, keeper.TierState]) -> list[dict[str, Any]]:
-    """One JSON-ready line per tier."""
+def readings(config: upstream.Config) -> dict[str, record.Reading]:
+    """The records of all tiers, in bounded time."""
+
+    def read() -> dict[str, record.Reading]:
+        return {tier.tier: record.read(config.registry, tier.tier) for tier in config.tiers}
+
+    try:
+        return bounded.ask(str(config.registry), read, SHARED_SECONDS)
+    except TimeoutError as error:
+        return {tier.tier: record.Unreadable(str(error)) for tier in config.tiers}
+
+
+def look(
+    config: upstream.Config, kept: dict[str, keeper.TierState], problems: list[str] | None = None
+) -> list[dict[str, Any]]:
+    """One JSON-ready line per tier. What could not be asked is said in `problems` or, without them, on stderr."""
+    told: list[str] = []
     jobs: list[slurm.Job] | None
     try:
         jobs = slurm.jobs(config.service_user, [tier.job_name for tier in config.tiers])
     except slurm.SlurmError as error:
-        print(f"warning: {error}", file=sys.stderr)
+        told.append(str(error))
         jobs = None
-    lines = []
-    for tier in config.tiers:
-        mine = None if jobs is None else [job for job in jobs if job.name == tier.job_name]
-        reading = record.read(config.registry, tier.tier)
-        routed = upstream.flag_of(config, tier.tier).exists()
-        remembered = kept.get(tier.tier, keeper.TierState())
-        state = state_of(mine, reading, routed, remembered)
-        job = max(mine or [], key=lambda one: one.state == "RUNNING", default=None)
-        lines.append(
-            {
-                "tier": tier.tier,
-                "state": state.value,
-                "meaning": state.meaning,
-                "job": job.id if job else None,
-                "node": job.nodes if job and job.state == "RUNNING" else None,
-                "reason": job.reason if job and job.state == "PENDING" else None,
-                "held": remembered.held,
-                "ending": remembered.ending,
-                "why": remembered.why or (remembered.failure if state is Tier.PAUSED else "") or None,
-                "failure": remembered.failure or None,
-                "models": list(reading.models) if isinstance(reading, Record) else [],
-            }
+    read = readings(config)
+    told += sorted({reading.why for reading in read.values() if isinstance(reading, record.Unreadable)})
+    lines = [
+        _line(
+            tier,
+            None if jobs is None else [job for job in jobs if job.name == tier.job_name],
+            read[tier.tier],
+            upstream.flag_of(config, tier.tier).exists(),
+            kept.get(tier.tier, keeper.TierState()),
         )
+        for tier in config.tiers
+    ]
+    if problems is None:
+        for problem in told:
+            print(f"warning: {problem}", file=sys.stderr)
+    else:
+        problems += told
     return lines
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--config", type=Path, default=Path("/etc/gleaner/gateway.json"))
-    parser.add_argument("--keeper", type=Path, default=Path("/etc/gleaner/keeper.json"))
-    parser.add_argument("--json", action="store_true", help="for programs")
-
-
-def run(args: argparse.Namespace) -> int:
-    try:
-        config = upstream.Config.load(args.config)
-        kept = keeper.load_state(keeper.Config.load(args.keeper).state)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    lines = look(config, kept)
-    if args.json:
-        print(json.dumps(lines, indent=1))
-        return 0
-    for line in lines:
-        where = " ".join(
-            str(part)
-            for part in (
-                f"job {line['job']}" if line["job"] else "",
-                f"on {line['node']}" if line["node"] else "",
-                f"({line['reason'] or line['why']})" if line["reason"] or line["why"] else "",
-            )
-            if part
-        )
-        print(f"{line['tier']:<12} {line['state']:<9} {where}\n{'':<12} {line['meaning']}")
-    return 0
+def _line(
+    tier: upstream.TierConfig,
+    jobs: list[slurm.Job] | None,
+    reading: record.Reading,
+    routed: bool,
+    kept: keeper.TierState,
+) -> dict[str, Any]:
+    state = state_of(jobs, reading, routed, kept)
+    job = max(jobs or [], key=lambda one: one.state == "RUNNING", default=None)
+    return {
+        "tier": tier.tier,
+        "state": state.value,
+        "meaning": state.meaning,
+        "job": job.id if job else None,
+        "node": job.nodes if job and job.state == "RUNNING" else None,
+        "run_seconds": job.run_seconds if job and job.state == "RUNNING" else None,
+        "preempted": bool(job and job.preempted),
+        "digest": keeper.digest_of(job, kept) if job else None,
+        "reason": job.reason if job and job.state == "PENDING" else None,
+        "held": kept.held,
+        "ending": kept.ending,
+        "why": kept.why or (kept.failure if state is Tier.PAUSED else "") or None,
+        "failure": kept.failure or None,
+        "failures": kept.failures,
+        "models": list(reading.models) if isinstance(reading, Record) else [],
+    }

@@ -131,9 +131,15 @@ def running_job(name: str = JOB_NAME) -> Job:
     return wait_until(f"{name} is running", lambda: job if (job := tier_job(name)) and job.state == "RUNNING" else None)
 
 
+def whole_status() -> dict[str, Any]:
+    """All that `gleaner status` says."""
+    value: dict[str, Any] = json.loads(run(CONTROLLER, "gleaner status --json"))
+    return value
+
+
 def status(tier: str) -> dict[str, Any]:
     """What `gleaner status` says of a tier."""
-    lines: list[dict[str, Any]] = json.loads(run(CONTROLLER, "gleaner status --json"))
+    lines: list[dict[str, Any]] = json.loads(run(CONTROLLER, "gleaner status --json --tiers"))["tiers"]
     return next(line for line in lines if line["tier"] == tier)
 
 

@@ -42,10 +42,12 @@ srun)
     for node in $FAKE_NODES; do SLURMD_NODENAME=$node "$@" & done
     wait ;;
 scontrol)
+    if [ "$1" = --version ]; then echo "slurm 24.11.5"; exit; fi
     if [ "$2" = node ]; then cat "$FAKE_SLURM/nodes" || exit 1; exit; fi
     if [ "$1" = show ]; then cat "$FAKE_SLURM/job" || exit 1; fi
     if [ "$1" = requeue ]; then sed -i 's/PreemptTime=[^ ]*/PreemptTime=None/' "$FAKE_SLURM/job"; fi ;;
-squeue) cat "$FAKE_SLURM/queue" ;;
+squeue) case "$*" in *--nodelist*) cat "$FAKE_SLURM/stays" ;; *) cat "$FAKE_SLURM/queue" ;; esac ;;
+sstat) cat "$FAKE_SLURM/memory" ;;
 sbatch) cat "$FAKE_SLURM/submitted" ;;
 sacct) cat "$FAKE_SLURM/accounting" ;;
 esac
@@ -209,7 +211,7 @@ class Home:
         self.bin, self.engine = self.root / "bin", self.root / "engine" / "bin"
         for folder in (self.slurm, self.server, self.registry, self.plans, self.events, self.bin, self.engine):
             folder.mkdir(parents=True)
-        for command in ("srun", "scontrol", "squeue", "sbatch", "scancel", "sacct"):
+        for command in ("srun", "scontrol", "squeue", "sbatch", "scancel", "sacct", "sstat"):
             self.program(self.bin / command, SLURM)
         self.program(self.engine / "llama-server", SERVER)
         self.program(self.engine / "ggml-rpc-server", RPC_SERVER)
@@ -220,6 +222,8 @@ class Home:
         self.set(self.slurm / "queue", "")
         self.set(self.slurm / "submitted", "41\n")
         self.set(self.slurm / "accounting", "")
+        self.set(self.slurm / "stays", "")
+        self.set(self.slurm / "memory", "")
         self.set(self.root / "server.key", SERVER_KEY + "\n")
         for path in [self.root, *self.root.rglob("*")]:
             os.chown(path, SERVICE_UID, SERVICE_UID)

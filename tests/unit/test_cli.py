@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -11,7 +10,7 @@ import pytest
 
 from gleaner import cli, keeper, record, slurm, status
 from gleaner.states import Tier
-from tests.unit.fakes import Home, home, queue_line
+from tests.unit.fakes import Home, home
 
 RECORD = record.Record("fast", 41, 0, "vasp-02", 8080, ("one",), 0, 1)
 RUNNING = slurm.Job(41, "llama-14b", "RUNNING", 0, False, 60, "vasp-02", "None")
@@ -76,85 +75,12 @@ def test_state_in_one_word(
 
 
 @pytest.fixture
-def place(monkeypatch: pytest.MonkeyPatch) -> Iterator[Home]:
+def place() -> Iterator[Home]:
     with home() as made:
-        for name, value in made.environment().items():
-            monkeypatch.setenv(name, value)
-        made.set(made.root / "gateway.json", json.dumps(made.gateway_config()))
-        made.set(made.root / "keeper.json", json.dumps(made.keeper_config(made.root / "run.slurm")))
         yield made
 
 
-def run_status(place: Home, *more: str) -> int:
-    return cli.main(
-        [
-            "status",
-            "--config",
-            str(place.root / "gateway.json"),
-            "--keeper",
-            str(place.root / "keeper.json"),
-            *more,
-        ]
-    )
-
-
-def test_status_for_people_and_programs(place: Home, capsys: pytest.CaptureFixture[str]) -> None:
-    place.set(place.slurm / "queue", queue_line())
-    record.write(place.registry, RECORD)
-    place.set(place.root / "fast.up")
-    assert run_status(place) == 0
-    assert capsys.readouterr().out.splitlines()[0].split() == [
-        "fast",
-        "serving",
-        "job",
-        "41",
-        "on",
-        "vasp-02",
-    ]
-    assert run_status(place, "--json") == 0
-    (told,) = json.loads(capsys.readouterr().out)
-    assert (told["state"], told["job"], told["node"], told["models"]) == ("serving", 41, "vasp-02", ["one"])
-
-
-def test_status_says_why_a_tier_is_held(place: Home, capsys: pytest.CaptureFixture[str]) -> None:
-    kept = {"fast": keeper.TierState(held=True, why="job 41 was cancelled by uid 1000")}
-    keeper.save_state(place.root / "keeper-state.json", kept)
-    assert run_status(place) == 0
-    assert "held      (job 41 was cancelled by uid 1000)" in capsys.readouterr().out
-
-
-def test_status_says_why_a_job_is_ended(place: Home, capsys: pytest.CaptureFixture[str]) -> None:
-    place.set(place.slurm / "queue", queue_line())
-    kept = {
-        "fast": keeper.TierState(job=41, ending=True, why="job 41 is being replaced: its plan is not the current one")
-    }
-    keeper.save_state(place.root / "keeper-state.json", kept)
-    assert run_status(place) == 0
-    assert "yielding  job 41 on vasp-02 (job 41 is being replaced" in capsys.readouterr().out
-
-
-def test_status_says_for_whom_a_tier_makes_way(place: Home, capsys: pytest.CaptureFixture[str]) -> None:
-    kept = {"fast": keeper.TierState(why="reasoning (priority 20) wants vasp-02")}
-    keeper.save_state(place.root / "keeper-state.json", kept)
-    assert run_status(place) == 0
-    assert "paused    (reasoning (priority 20) wants vasp-02)" in capsys.readouterr().out
-
-
-def test_status_without_slurm(place: Home, capsys: pytest.CaptureFixture[str]) -> None:
-    place.set(place.slurm / "squeue.fails", "Unable to contact slurm controller")
-    assert run_status(place) == 0
-    told = capsys.readouterr()
-    assert "unknown" in told.out
-    assert "Unable to contact" in told.err
-
-
-def test_status_without_configuration(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["status", "--config", "/nonexistent"]) == 2
-    assert "/nonexistent: cannot be read: No such file" in capsys.readouterr().err
-
-
 def test_closed_pipe_is_no_traceback(place: Home) -> None:
-    place.set(place.slurm / "queue", queue_line())
     reader, writer = os.pipe()
     os.close(reader)
     import subprocess

@@ -1,0 +1,156 @@
+"""What only a node itself knows (`gleaner node`): its program, the build and models it sees, memory that is taken."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from gleaner import bounded, engine, files, gpus, measured, slurm, stage
+
+VERSION = 1
+SHARED_SECONDS = 5.0
+COMMAND_SECONDS = 10.0
+
+
+def program() -> str:
+    """The name of this very program, which has the hash of its sources."""
+    return Path(files.own_file()).stem
+
+
+def installed() -> str:
+    """The program that this host's commands and next jobs use."""
+    return files.PROGRAM.resolve().stem if files.PROGRAM.exists() else program()
+
+
+def build_in_use(root: Path) -> dict[str, str]:
+    """Name of the build that `current` leads to, and the sum of the manifest that this host sees of it.
+
+    EngineError when there is none, TimeoutError when the shared file system hangs.
+    """
+
+    def look() -> dict[str, str]:
+        build = (root / "current").resolve()
+        return {"build": build.name, "manifest": engine.identity(build)}
+
+    return bounded.ask(str(root), look, SHARED_SECONDS)
+
+
+def job_processes() -> dict[int, list[int]]:
+    """The processes of each job on this node; SlurmError when slurmd does not say."""
+    argv = ["scontrol", "listpids"]
+    try:
+        done = subprocess.run(
+            argv, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=COMMAND_SECONDS, check=False,
+            env=slurm.environment(),
+        )  # fmt: skip
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise slurm.SlurmError(f"scontrol listpids: {error}") from None
+    lines = done.stdout.splitlines()
+    if not lines or lines[0].split()[:2] != ["PID", "JOBID"]:
+        # A node without a job says so on stderr.
+        if "No job steps" in done.stderr:
+            return {}
+        raise slurm.SlurmError(f"scontrol listpids: {done.stderr.strip() or 'no answer'}")
+    found: dict[int, list[int]] = {}
+    for line in lines[1:]:
+        cells = line.split()
+        if len(cells) >= 2 and cells[0].isdigit() and cells[1].isdigit():
+            found.setdefault(int(cells[1]), []).append(int(cells[0]))
+    return found
+
+
+def process_kib(proc: Path, pid: int) -> int:
+    """Memory of a process, pages that it shares counted in part; 0 for one that has ended."""
+    for name, key in (("smaps_rollup", "Pss"), ("status", "VmRSS")):
+        with contextlib.suppress(OSError):
+            match = re.search(
+                rf"^{key}:\s+(\d+) kB", (proc / str(pid) / name).read_text(errors="replace"), re.MULTILINE
+            )
+            if match:
+                return int(match[1])
+    return 0
+
+
+def gpu_mib_by_process(smi: str) -> dict[int, dict[str, int]]:
+    """Of each process on a GPU, how much it has of which; GpuError when nvidia-smi does not say."""
+    found: dict[int, dict[str, int]] = {}
+    for bus_id, pid, used in gpus.ask(smi, "compute-apps", ("gpu_bus_id", "pid", "used_gpu_memory")):
+        if pid.isdigit() and used.isdigit():
+            found.setdefault(int(pid), {})[bus_id] = int(used)
+    return found
+
+
+def gpu_memory(smi: str) -> list[dict[str, int]]:
+    """All that is taken of each GPU, by whomever."""
+    rows = gpus.ask(smi, "gpu", ("index", "memory.total", "memory.used"))
+    return [
+        {"index": int(index), "memory_mib": int(total), "used_mib": int(used)}
+        for index, total, used in rows
+        if index.isdigit() and total.isdigit() and used.isdigit()
+    ]
+
+
+def jobs(
+    processes: Mapping[int, list[int]], on_gpus: Mapping[int, Mapping[str, int]], proc: Path
+) -> list[dict[str, Any]]:
+    """Memory of each job here, in MiB: of the host, and of each GPU that it has something on."""
+    found = []
+    for job, pids in sorted(processes.items()):
+        of_gpus: dict[str, int] = {}
+        for pid in pids:
+            for bus_id, used in on_gpus.get(pid, {}).items():
+                of_gpus[bus_id] = of_gpus.get(bus_id, 0) + used
+        host = sum(process_kib(proc, pid) for pid in pids) * 1024
+        found.append(
+            {"job": job, "host_mib": host // measured.MIB, "gpus_mib": [of_gpus[bus] for bus in sorted(of_gpus)]}
+        )
+    return found
+
+
+def facts(root: Path, spec: Path, smi: str, proc: Path) -> dict[str, Any]:
+    """Everything; what could not be asked is None or empty, and in `problems`."""
+    problems: list[str] = []
+    told: dict[str, Any] = {"v": VERSION, "program": installed(), "engine": None, "models": {}, "gpus": [], "jobs": []}
+    try:
+        told["engine"] = build_in_use(root)
+    except (engine.EngineError, OSError, RuntimeError) as error:
+        problems.append(f"engine: {error}")
+    try:
+        told["models"] = stage.check(stage.Spec.load(spec))["models"]
+    except (ValueError, OSError) as error:
+        problems.append(f"models: {error}")
+    on_gpus: dict[int, dict[str, int]] = {}
+    try:
+        if smi:
+            told["gpus"] = gpu_memory(smi)
+            on_gpus = gpu_mib_by_process(smi)
+    except gpus.GpuError as error:
+        problems.append(f"gpus: {error}")
+    try:
+        told["jobs"] = jobs(job_processes(), on_gpus, proc)
+    except slurm.SlurmError as error:
+        problems.append(f"jobs: {error}")
+    told["problems"] = problems
+    return told
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--engine", type=Path, required=True, metavar="FOLDER", help="folder of the builds of llama.cpp"
+    )
+    parser.add_argument("--spec", type=Path, default=Path("/etc/gleaner/models.json"), help="the node's list of models")
+    parser.add_argument("--smi", default="nvidia-smi", help="program that knows the GPUs; empty: there are none")
+    parser.add_argument("--proc", type=Path, default=Path("/proc"), help="where processes are seen")
+
+
+def run(args: argparse.Namespace) -> int:
+    json.dump(facts(args.engine, args.spec, args.smi, args.proc), sys.stdout)
+    print()
+    return 0
