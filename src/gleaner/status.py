@@ -54,7 +54,7 @@ def look(
     try:
         jobs = slurm.jobs(config.service_user, [tier.job_name for tier in config.tiers])
     except slurm.SlurmError as error:
-        told.append(str(error))
+        told.append(f"Slurm does not answer: {error}")
         jobs = None
     read = readings(config)
     told += sorted({reading.why for reading in read.values() if isinstance(reading, record.Unreadable)})

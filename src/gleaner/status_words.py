@@ -87,8 +87,12 @@ def tier_in_words(
     obstacles: Obstacles | None,
     nodes: Mapping[str, slurm.Node],
     tiers: Mapping[int, str],
+    stuck: Sequence[str] = (),
 ) -> str:
-    """What a tier is doing, by its line of `status.look`. Without `obstacles` nodes were not looked at."""
+    """What a tier is doing, by its line of `status.look`. Without `obstacles` nodes were not looked at.
+
+    `stuck` are nodes which its job has, and which start none.
+    """
     state, why = Tier(line["state"]), with_names(str(line["why"] or ""))
     where = ", ".join(slurm.hosts(line["node"])) if line["node"] else ""
     if state is Tier.SERVING:
@@ -96,7 +100,10 @@ def tier_in_words(
     if state is Tier.LOADING:
         return f"loading on {where} for {span(line['run_seconds'] or 0)}"
     if state is Tier.YIELDING:
-        return f"yielding: {_why_it_yields(line, where, why)}"
+        waits = [node_in_words(name, nodes.get(name)) for name in stuck]
+        return f"yielding: {_why_it_yields(line, where, why)}" + (
+            f"; not gone yet from {', '.join(waits)}" if waits else ""
+        )
     if state is Tier.UNROUTED:
         return f"unrouted: it runs on {where}; `journalctl -u gleaner-upstream` says why nobody is sent there"
     if state is Tier.QUEUED:
@@ -123,7 +130,11 @@ def _who_holds_it(line: Mapping[str, Any], why: str) -> str:
         held = why if why.startswith("held") else f"held: {why or 'nobody knows by whom'}"
         return f"{held}; `gleaner tier {name} started` ends it"
     # `scontrol hold`: the keeper leaves a job alone that somebody held in Slurm itself.
-    by = "for its user (`scontrol uhold`)" if line["reason"] == "JobHeldUser" else "by an administrator (`scontrol hold`)"
+    by = (
+        "for its user (`scontrol uhold`)"
+        if line["reason"] == "JobHeldUser"
+        else "by an administrator (`scontrol hold`)"
+    )
     return f"held: job {job} is held in Slurm {by}; `scontrol release {job}` ends it"
 
 

@@ -238,7 +238,9 @@ def tell_tiers(lines: Lines, kept: keeper.Config, cluster: Cluster, shared: Shar
         mine = known.get(line["tier"])
         waits = line["state"] == Tier.QUEUED.value
         way = occupancy.obstacles(mine.need, cluster.nodes, cluster.stays) if waits and mine and cluster.nodes else None
-        line["words"] = words.tier_in_words(line, way, cluster.nodes, tiers)
+        here = [name for stay in cluster.stays if stay.job == line["job"] for name in stay.nodes]
+        stuck = [name for name in here if name in cluster.nodes and not cluster.nodes[name].up]
+        line["words"] = words.tier_in_words(line, way, cluster.nodes, tiers, stuck)
         line["held_by"] = words.held_by(line)
         line["behind"] = [] if way is None else [stay.job for stay in way.jobs if stay.job != line["job"]]
         line["engine"] = shared.builds.get(line["tier"]) if shared else None
