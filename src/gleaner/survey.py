@@ -85,7 +85,8 @@ def parse_answers(text: str) -> Answers:
             if not result:
                 problems.append(f"{name}: was not asked: run playbooks/status.yml without --limit")
             elif result.get("unreachable"):
-                problems.append(f"{name}: cannot be reached: {_first_line(result.get('msg'))}")
+                # Ansible's own words before those of ssh say the same at length.
+                problems.append(f"{name}: cannot be reached: {_first_line(result.get('msg')).rpartition('ssh: ')[2]}")
             elif result.get("rc") != 0 or result.get("failed"):
                 said = _first_line(result.get("stderr")) or _first_line(result.get("msg")) or "nothing was said"
                 problems.append(f"{name}: `gleaner node` failed there: {said}: run site.yml")

@@ -36,6 +36,7 @@ def test_held_and_started() -> None:
         held = cluster.status(FAST)
         assert held["state"] == "held"
         assert held["why"].startswith("held by ")
+        assert held["words"] == f"held by {held['held_by']}; `gleaner tier {FAST} started` ends it"
         assert tier("held").changed == {CONTROLLER: 0}
         # Over the restart of whatever might bring it back, too.
         before = cluster.journal_cursor(KEEPER)
