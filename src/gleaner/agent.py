@@ -26,18 +26,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gleaner import confine, engine, files, gpus, heartbeat, tensor_cache
-from gleaner.journal import say
+from gleaner import confine, engine, files, gpus, heartbeat, joblog, tensor_cache
+from gleaner.journal import say, sign
 from gleaner.probe import Probe
 
 TICK_SECONDS = 0.1
-LOG_LIMIT = 32 << 20
-ROTATE_SECONDS = 30.0
 HEALTH_SECONDS = {"ready": 1.0, "loading": 0.3, "down": 0.3}
 HEALTH_TIMEOUT = 3.0
 BUSY_TIMEOUT = 1.0
 BUSY_SECONDS = 0.05
 REACH_SECONDS = 0.2
+# For the last words of what was started; a file system that hangs holds up nobody longer.
+LAST_WORDS_SECONDS = 0.5
 
 PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
@@ -297,7 +297,8 @@ class Process:
     asked_to_stop: bool = False
 
     @classmethod
-    def launch(cls, task: Task, key: str = "") -> Process:
+    def launch(cls, task: Task, output: int, key: str = "") -> Process:
+        """Start it; what it says goes to this descriptor."""
         argv = [*binding(task.numa_node, os.sched_getaffinity(0)), *task.argv]
         environment = {name: value for name, value in os.environ.items() if not name.startswith("GLEANER_")}
         environment.update(task.environment)
@@ -307,13 +308,12 @@ class Process:
         # gdb is not wanted on a node at 3 a.m.; llama.cpp starts it on abort otherwise.
         environment["GGML_NO_BACKTRACE"] = "1"
         parent, rules = os.getpid(), rules_of(task)
-        log = os.open(task.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
         try:
             child = subprocess.Popen(
                 argv,
                 stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
+                stdout=output,
+                stderr=output,
                 env=environment,
                 start_new_session=True,
                 # SIGPIPE stays ignored, as Python has it: an RPC server would die of a client that leaves.
@@ -321,7 +321,6 @@ class Process:
                 preexec_fn=lambda: _in_child(parent, rules),
             )
         finally:
-            os.close(log)
             if rules is not None:
                 rules.close()
         # Reaped by `reap` with everybody else's children, not by Popen.
@@ -418,7 +417,8 @@ class BusyCheck:
 class Agent:
     """One selector loop over the supervisor's connection, signals, probes and a tick."""
 
-    def __init__(self, supervisor: list[tuple[str, int]], token: str, node: str) -> None:
+    def __init__(self, supervisor: list[tuple[str, int]], token: str, node: str, label: str) -> None:
+        self.label = label
         self.selector = selectors.DefaultSelector()
         self.signals = heartbeat.Signals(signal.SIGTERM, signal.SIGINT, signal.SIGCHLD)
         self.selector.register(self.signals.socket, selectors.EVENT_READ)
@@ -443,8 +443,9 @@ class Agent:
         self.idle_answers = 0
         self.watch = 0
         self.busy_at = 0.0
-        self.rotate_at = 0.0
-        self.rotator: int | None = None
+        # What the server says, and where it goes: a file system that hangs must hold up neither it nor us.
+        self.output: joblog.Reader | None = None
+        self.log: joblog.File | None = None
         self.preparation: Preparation | None = None
         self.beat_at = 0.0
         self.measured_at = 0.0
@@ -465,9 +466,15 @@ class Agent:
                 self._watch()
                 self._beat()
         except heartbeat.ChannelClosed as error:
-            say(f"supervisor is gone ({error}): killing what it started")
+            told = f"supervisor is gone ({error}): killing what it started"
+            say(told)
+            if self.log is not None:
+                # Our own lines are passed on by a supervisor.
+                self.log.say(told)
             self._kill_all()
             return 1
+        finally:
+            self._end_log()
         return 0
 
     def _signalled(self, numbers: set[int]) -> None:
@@ -517,10 +524,28 @@ class Agent:
             require_free(task)
             # An RPC server knows no key: the firewall alone keeps others away from it.
             self.key = files.read_key(self.key_file) if task.answers_http else ""
-            self.process = Process.launch(task, self.key)
+            self.process = self._start_process(task)
         except (OSError, ValueError, subprocess.SubprocessError) as error:
             say(f"cannot start {task.argv[0]}: {error}")
             self.channel.send({"refused": task.start, "why": str(error)})
+
+    def _start_process(self, task: Task) -> Process:
+        if self.log is None or self.log.path != Path(task.log):
+            self.log = joblog.File(Path(task.log), self.label)
+        output, pipe = os.pipe2(os.O_CLOEXEC)
+        try:
+            self.output = joblog.Reader(output, self.log.put)
+            return Process.launch(task, pipe, self.key)
+        finally:
+            # The program has it now; when it and all its children are gone, the reader comes to the end.
+            os.close(pipe)
+
+    def _end_log(self) -> None:
+        deadline = time.monotonic() + LAST_WORDS_SECONDS
+        if self.output is not None:
+            self.output.join(LAST_WORDS_SECONDS)
+        if self.log is not None:
+            self.log.close(max(0.0, deadline - time.monotonic()))
 
     def _loaded(self) -> None:
         """The tier is ready: what this worker was sent is whole in its cache."""
@@ -570,8 +595,6 @@ class Agent:
                 break
             if pid == 0:
                 break
-            if pid == self.rotator:
-                self.rotator = None
             if self.process is not None and pid == self.process.pid:
                 self.process.exit = os.waitstatus_to_exitcode(status)
                 self._end_checks()
@@ -615,9 +638,6 @@ class Agent:
         if now - self.measured_at >= heartbeat.BEAT_SECONDS:
             self.measured_at = now
             self.memory = group_memory(process.pid)
-            if now >= self.rotate_at and self.rotator is None:
-                self.rotate_at = now + ROTATE_SECONDS
-                self.rotator = rotate(Path(task.log))
 
     def _beat(self) -> None:
         process = self.process
@@ -657,18 +677,6 @@ class Agent:
             time.sleep(0.01)
 
 
-def rotate(log: Path, limit: int = LOG_LIMIT) -> int:
-    """Keep one old log beside a current one that is larger than the limit, in bytes; the pid of the child that does it.
-
-    The server appends, so copying and truncating is sound. Even its size is for a child to ask: a shared file system
-    can hang, and heartbeats must go on.
-    """
-    script = 'test "$(stat --format=%s -- "$1")" -gt "$2" && cp -- "$1" "$1.1" && : > "$1"'
-    child = subprocess.Popen(["/bin/sh", "-c", script, "rotate", str(log), str(limit)], stdin=subprocess.DEVNULL)
-    child.returncode = 0
-    return child.pid
-
-
 def places(text: str) -> list[tuple[str, int]]:
     """`address:port,address:port` as a list."""
     pairs = (place.rpartition(":") for place in text.split(","))
@@ -685,10 +693,14 @@ def run(_args: argparse.Namespace) -> int:
     except KeyError as error:
         say(f"{error.args[0]} is not set: `gleaner agent` is started by `gleaner supervise`, not by hand")
         return 2
+    node = heartbeat.node_name()
+    # A supervisor of an older version does not say whose agent this is.
+    label = f"{os.environ.get('GLEANER_LABEL', 'unknown 0.0')} {node}"
+    sign(label)
     # Orphans of the server come to us, so that none outlives the step unseen.
     _libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     try:
-        agent = Agent(places(given), token, heartbeat.node_name())
+        agent = Agent(places(given), token, node, label)
     except OSError as error:
         say(f"supervisor at {given} cannot be reached: {error}")
         return 1

@@ -6,6 +6,29 @@ import os
 import socket
 import sys
 import time
+from collections.abc import Callable
+
+# Whose lines these are, and what takes them instead of stderr.
+_label = ""
+_taker: Callable[[str], object] | None = None
+
+
+def sign(label: str) -> None:
+    """Have each line begin with this, behind its time."""
+    global _label
+    _label = label
+
+
+def divert(taker: Callable[[str], object]) -> None:
+    """Have lines taken by this instead of written to stderr; it adds what they begin with."""
+    global _taker
+    _taker = taker
+
+
+def stamp(at: float | None = None) -> str:
+    """A unix time, or now, as lines in files have it: UTC with milliseconds."""
+    millis = int((time.time() if at is None else at) * 1000)
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(millis // 1000)) + f".{millis % 1000:03d}Z"
 
 
 def say(text: str) -> None:
@@ -15,10 +38,13 @@ def say(text: str) -> None:
     """
     # One record, one line: text may carry a foreign error message.
     line = " ".join(text.split())
+    if _taker is not None:
+        _taker(line)
+        return
+    if _label:
+        line = f"{_label}: {line}"
     if not _to_journal():
-        now = time.time()
-        stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(now))
-        line = f"{stamp}.{int(now % 1 * 1000):03d}Z {line}"
+        line = f"{stamp()} {line}"
     try:
         sys.stderr.write(line + "\n")
         sys.stderr.flush()

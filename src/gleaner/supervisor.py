@@ -15,14 +15,16 @@ import selectors
 import signal
 import socket
 import subprocess
+import threading
 import time
+import traceback
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gleaner import engine, events, files, heartbeat, life, line, record, slurm
+from gleaner import engine, events, files, heartbeat, joblog, life, line, record, slurm
 from gleaner.events import Kind
-from gleaner.journal import OnChange, say
+from gleaner.journal import OnChange, divert, say
 from gleaner.states import Cause, Exit
 
 TICK_SECONDS = 0.1
@@ -206,8 +208,11 @@ class Phase(enum.Enum):
 class Supervisor:
     """One selector loop over agents, signals, the job step and a tick."""
 
-    def __init__(self, plan: Plan, where: JobEnvironment, registry: Path, logs: Path) -> None:
+    def __init__(self, plan: Plan, where: JobEnvironment, registry: Path, logs: Path, log: joblog.File) -> None:
         self.plan, self.where, self.logs = plan, where, logs
+        # What we say ourselves; the agents' words and srun's come through us, too.
+        self.log = log
+        self.said: joblog.Reader | None = None
         # Where llama-server runs: the plan's head, or the one node of a router tier.
         self.home = plan.head or where.nodes[0]
         self.publisher = record.Publisher(registry)
@@ -280,6 +285,8 @@ class Supervisor:
             self._hear_gateways()
             self._tick()
         self._leave()
+        if self.said is not None:
+            self.said.join(WITHDRAW_SECONDS)
         self.signals.deafen()
         return self.exit
 
@@ -365,14 +372,21 @@ class Supervisor:
             **os.environ,
             "GLEANER_SUPERVISOR": ",".join("{}:{}".format(*listener.getsockname()) for listener in self.listeners),
             "GLEANER_TOKEN": self.token,
+            "GLEANER_LABEL": f"{self.plan.tier} {self.where.job}.{self.where.restart}",
         }
+        said, pipe = os.pipe2(os.O_CLOEXEC)
+        self.said = joblog.Reader(said, self.log.pass_on)
         # Its own session: a TERM for the whole batch step must not make srun end the agents before
         # the supervisor has asked Slurm why.
         try:
-            self.step = subprocess.Popen(command, stdin=subprocess.DEVNULL, env=environment, start_new_session=True)
+            self.step = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe, env=environment, start_new_session=True
+            )
         except OSError as error:
             self._fail(Exit.START_FAILED, f"srun: {error.strerror}")
             return
+        finally:
+            os.close(pipe)
         say(f"tier {self.plan.tier}: job {self.where.job} restart {self.where.restart} on {','.join(self.where.nodes)}")
 
     def _accept(self, listener: socket.socket) -> None:
@@ -777,7 +791,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--logs", type=Path, help="parent of the job's log folder (default: logs beside it)")
 
 
+def label_of(tier: str) -> str:
+    """What our lines begin with, whatever is wrong with plan and job."""
+    job, restart = (os.environ.get(name) or "0" for name in ("SLURM_JOB_ID", "SLURM_RESTART_COUNT"))
+    return f"{tier} {job}.{restart} {heartbeat.node_name()}"
+
+
 def run(args: argparse.Namespace) -> int:
+    log = joblog.own(label_of(args.plan.stem))
+    divert(log.say)
+    try:
+        return supervise(args, log)
+    except Exception:
+        say(f"a fault of gleaner, please report it: {traceback.format_exc()}")
+        return 1
+    finally:
+        log.close(WITHDRAW_SECONDS)
+
+
+def supervise(args: argparse.Namespace, log: joblog.File) -> int:
     shared = args.plan.resolve().parent.parent
     registry = args.registry or shared / "endpoints"
     try:
@@ -788,8 +820,12 @@ def run(args: argparse.Namespace) -> int:
         name_build(plan.engine, logs)
         if not os.access(registry, os.W_OK):
             raise PlanError(f"{registry}: not a folder that uid {os.geteuid()} can write: run playbooks/tiers.yml")
-        supervisor = Supervisor(plan, where, registry, logs)
+        supervisor = Supervisor(plan, where, registry, logs, log)
     except (PlanError, OSError) as error:
         say(f"refused: {error}")
         return Exit.REFUSED
+    if name := os.environ.get("SLURM_JOB_NAME"):
+        # Where the job script has Slurm write; beside the loop, since the file system can hang.
+        slurms = logs.parent / f"{name}.log"
+        threading.Thread(target=joblog.keep_small, args=(slurms,), name="slurm's log", daemon=True).start()
     return supervisor.run()

@@ -323,6 +323,7 @@ class Home:
     def start(self, *argv: str, **environment: str) -> subprocess.Popen[str]:
         """A gleaner program, as the service user, its log in `<command>.log`."""
         with (self.root / f"{argv[0]}.log").open("a") as log:
+            os.fchown(log.fileno(), SERVICE_UID, SERVICE_UID)
             child = subprocess.Popen(
                 [PYTHON, str(self.pyz), *argv],
                 env=self.environment(**environment),

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from gleaner import agent, engine, heartbeat
+from gleaner import agent, engine, heartbeat, joblog
 from tests.unit.fakes import SERVER_KEY, Home, alive, home, wait_for
 
 
@@ -148,23 +148,39 @@ def test_process_states() -> None:
     assert agent.process_state(child.pid) == "gone"
 
 
-# Some Pythons warn of a fork beside the threads of other tests; an agent has no threads.
+@contextlib.contextmanager
+def launched(place: Home) -> Iterator[agent.Process]:
+    """A server, whose words go to `router.log`; what is left of it is killed."""
+    log = joblog.File(place.root / "router.log", "fast 41.1 vasp-02")
+    output, pipe = os.pipe2(os.O_CLOEXEC)
+    reader = joblog.Reader(output, log.put)
+    process = agent.Process.launch(task(place), pipe, SERVER_KEY)
+    os.close(pipe)
+    try:
+        yield process
+    finally:
+        process.kill_group()
+        os.waitpid(process.pid, 0)
+        reader.join(5)
+        log.close(5)
+
+
+# Some Pythons warn of a fork beside threads. What runs between fork and exec takes no lock of ours.
 @pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")
 def test_process_has_its_own_group_and_one_secret(
     place: Home, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("GLEANER_TOKEN", "secret")
-    process = agent.Process.launch(task(place), SERVER_KEY)
-    wait_for(lambda: place.started)
-    assert os.getpgid(process.pid) == process.pid != os.getpgid(0)
-    assert "GLEANER_TOKEN" not in place.started[0]["environment"]
-    assert place.started[0]["environment"]["LLAMA_API_KEY"] == SERVER_KEY
-    assert SERVER_KEY not in " ".join(place.started[0]["argv"]) + capfd.readouterr().err
-    child = wait_for(lambda: (place.server / "child").exists() and int((place.server / "child").read_text()))
-    resident, _ = agent.group_memory(process.pid)
-    assert resident > 1
-    assert process.kill_group()
-    os.waitpid(process.pid, 0)
+    with launched(place) as process:
+        wait_for(lambda: place.started)
+        assert os.getpgid(process.pid) == process.pid != os.getpgid(0)
+        assert "GLEANER_TOKEN" not in place.started[0]["environment"]
+        assert place.started[0]["environment"]["LLAMA_API_KEY"] == SERVER_KEY
+        assert SERVER_KEY not in " ".join(place.started[0]["argv"]) + capfd.readouterr().err
+        child = wait_for(lambda: (place.server / "child").exists() and int((place.server / "child").read_text()))
+        resident, _ = agent.group_memory(process.pid)
+        assert resident > 1
+        assert process.kill_group()
     wait_for(lambda: not alive(child))
 
 
@@ -207,12 +223,12 @@ def answers(place: Home, key: str = SERVER_KEY) -> bool:
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")
 def test_busy_check_asks_without_loading_a_model(place: Home) -> None:
-    process = agent.Process.launch(task(place), SERVER_KEY)
     log = place.root / "router.log"
-    try:
+    with launched(place) as process:
         wait_for(lambda: (place.server / "child").exists())
         # Before it listens, a refused connection also means that nothing is in flight.
-        wait_for(lambda: not answers(place) and "GET /slots?model=one&autoload=false" in log.read_text())
+        asked = "GET /slots?model=one&autoload=false"
+        wait_for(lambda: not answers(place) and log.exists() and asked in log.read_text())
         assert "model=two" not in log.read_text()
         assert answers(place, "another key"), "a server that does not tell was taken for idle"
         place.set(place.server / "busy")
@@ -225,24 +241,7 @@ def test_busy_check_asks_without_loading_a_model(place: Home) -> None:
         began = time.monotonic()
         assert answers(place), "a server that does not answer was taken for idle"
         assert time.monotonic() - began < 3
-    finally:
-        process.kill_group()
-        os.waitpid(process.pid, 0)
     assert not answers(place), "a dead server was taken for busy"
-
-
-def test_log_is_rotated_while_it_is_written(tmp_path: Path) -> None:
-    log = tmp_path / "router.log"
-    with log.open("ab", buffering=0) as writer:
-        writer.write(b"x" * 2000)
-        os.waitpid(agent.rotate(log, 4000), 0)
-        assert log.stat().st_size == 2000
-        writer.write(b"x" * 2001)
-        os.waitpid(agent.rotate(log, 4000), 0)
-        assert log.stat().st_size == 0
-        writer.write(b"new\n")
-    assert log.read_bytes() == b"new\n"
-    assert (tmp_path / "router.log.1").stat().st_size == 4001
 
 
 def refusal(place: Home) -> str:

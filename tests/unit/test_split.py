@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from gleaner import heartbeat, record, supervisor, tensor_cache
+from gleaner import heartbeat, joblog, record, supervisor, tensor_cache
 from gleaner.states import Exit
 from tests.unit.fakes import Home, alive, home, job_text, wait_for
 
@@ -29,6 +29,14 @@ WORKERS = ("vasp-02", "vasp-03")
 def place() -> Iterator[Home]:
     with home() as made:
         yield made
+
+
+@pytest.fixture
+def log() -> Iterator[joblog.File]:
+    """What a supervisor in this very process says."""
+    made = joblog.File(None, "large 41.0 vasp-01")
+    yield made
+    made.close(5)
 
 
 def plan(place: Home, **more: Any) -> Path:
@@ -170,10 +178,10 @@ def test_an_agent_that_is_gone_ends_the_job_and_everything_in_it(place: Home) ->
 
 @pytest.mark.parametrize(("network", "name"), [(0, "RPC"), (1, "cluster")])
 def test_a_node_that_is_silent_on_one_network_is_lost(
-    place: Home, capfd: pytest.CaptureFixture[str], network: int, name: str
+    place: Home, capfd: pytest.CaptureFixture[str], log: joblog.File, network: int, name: str
 ) -> None:
     where = supervisor.JobEnvironment(41, 0, "vasp-01", tuple(NODES))
-    child = supervisor.Supervisor(supervisor.Plan.load(plan(place)), where, place.registry, place.root)
+    child = supervisor.Supervisor(supervisor.Plan.load(plan(place)), where, place.registry, place.root, log)
     child.phase = supervisor.Phase.SERVING
     with contextlib.ExitStack() as stack:
         stack.callback(child.signals.close)

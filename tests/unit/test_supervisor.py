@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import re
 import selectors
 import shutil
 import signal
@@ -19,7 +20,7 @@ from typing import Any
 
 import pytest
 
-from gleaner import events, life, line, record, supervisor
+from gleaner import events, joblog, life, line, record, supervisor
 from gleaner.engine import Manifest, sums
 from gleaner.events import Kind
 from gleaner.states import Cause, Exit
@@ -34,6 +35,14 @@ SOURCE = Path(supervisor.__file__).parent.parent
 def place() -> Iterator[Home]:
     with home() as made:
         yield made
+
+
+@pytest.fixture
+def log() -> Iterator[joblog.File]:
+    """What a supervisor in this very process says."""
+    made = joblog.File(None, "fast 41.1 vasp-02")
+    yield made
+    made.close(5)
 
 
 def plan(place: Home, **more: Any) -> Path:
@@ -100,8 +109,46 @@ def test_serves_and_beats(place: Home) -> None:
     assert start["environment"]["EXTRA"] == "yes"
     assert start["environment"]["GGML_NO_BACKTRACE"] == "1"
     assert not [name for name in start["environment"] if name.startswith("GLEANER_")]
-    assert "/health" in (place.root / "ai" / "logs" / "41" / "router.log").read_text()
+    log = place.root / "ai" / "logs" / "41" / "router.log"
+    wait_for(lambda: "/health" in log.read_text())
     assert child.poll() is None
+
+
+def test_every_line_says_when_and_whose_it_is(place: Home) -> None:
+    place.set(place.server / "dies")
+    child = supervise(place)
+    wait_for(lambda: len(place.started) == 2)
+    (place.server / "dies").unlink()
+    wait_for(lambda: served(place))
+    os.kill(child.pid, signal.SIGTERM)
+    assert child.wait(10) == Exit.STOPPED
+    said = place.log("supervise")
+    # The supervisor's own, and its agent's.
+    assert "serving on vasp-02" in said
+    assert "started pid" in said
+    server = (place.root / "ai" / "logs" / "41" / "router.log").read_text()
+    assert "GET /health" in server
+    begin = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z fast 41\.1 vasp-02: \S.*")
+    assert [line for line in (said + server).splitlines() if not begin.fullmatch(line)] == []
+
+
+def test_slurms_own_log_of_the_job_is_put_aside_when_it_is_large(place: Home) -> None:
+    slurms = place.root / "ai" / "logs" / "llama-14b.log"
+    supervise(place)
+    wait_for(lambda: served(place))
+    for child in place.children:
+        os.kill(child.pid, signal.SIGTERM)
+        child.wait(10)
+    place.set(slurms, "x" * (joblog.SLURM_LIMIT + 1))
+    place.start(
+        "supervise",
+        *("--plan", str(plan(place))),
+        SLURM_JOB_ID="41",
+        SLURM_JOB_NAME="llama-14b",
+        SLURM_JOB_NODELIST="vasp-02",
+        SLURMD_NODENAME="vasp-02",
+    )
+    wait_for(lambda: slurms.with_name("llama-14b.log.1").exists() and not slurms.exists())
 
 
 def test_server_that_dies_is_started_again_from_the_same_build(place: Home) -> None:
@@ -174,14 +221,14 @@ def test_frozen_server_is_killed_and_restarted(place: Home) -> None:
 
 
 def test_server_that_keeps_dying_fails_the_job(
-    place: Home, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    place: Home, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], log: joblog.File
 ) -> None:
     place.set(place.server / "dies")
     for name, value in place.environment(PYTHONPATH=str(SOURCE), SLURMD_NODENAME="vasp-02").items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(supervisor, "RESTART_PAUSES", (0.1, 0.2, 0.3))
     where = supervisor.JobEnvironment(job=41, restart=1, node="vasp-02", nodes=("vasp-02",))
-    one = supervisor.Supervisor(supervisor.Plan.load(plan(place)), where, place.registry, place.root)
+    one = supervisor.Supervisor(supervisor.Plan.load(plan(place)), where, place.registry, place.root, log)
     with contextlib.closing(one.signals):
         assert one.run() == Exit.SERVER_FAILED
     assert len(place.started) == 4
@@ -442,9 +489,11 @@ def test_silent_slurm_yields_as_if_preempted(place: Home) -> None:
     assert "unanswered" in place.log("supervise")
 
 
-def test_agents_hear_a_beat_before_each_question_to_slurm(place: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_agents_hear_a_beat_before_each_question_to_slurm(
+    place: Home, monkeypatch: pytest.MonkeyPatch, log: joblog.File
+) -> None:
     where = supervisor.JobEnvironment(41, 0, "vasp-02", ("vasp-02",))
-    child = supervisor.Supervisor(supervisor.Plan.load(plan(place)), where, place.registry, place.root)
+    child = supervisor.Supervisor(supervisor.Plan.load(plan(place)), where, place.registry, place.root, log)
     heard: list[Any] = []
     asked: list[list[Any]] = []
 
