@@ -18,6 +18,7 @@ COMMANDS = {
     "route": ("gleaner.upstream", "daemon that turns endpoint records into routing"),
     "status": ("gleaner.status_page", "tiers, nodes, versions, memory and the last preemptions"),
     "node": ("gleaner.node", "what only a node itself knows: its program, build, models, memory"),
+    "log": ("gleaner.story", "a tier's story across all hosts"),
     "tier": ("gleaner.handle", "hold, start or restart a tier"),
     "smoke": ("gleaner.smoke", "ask tiers for a completion with a certain build"),
     "report": ("gleaner.report", "what the tiers gleaned, and what that cost others"),

@@ -412,10 +412,10 @@ def in_words(report: Report) -> str:
 
 
 def moment(text: str) -> float:
-    """Unix seconds: of `2026-11-25` or `2026-11-25T08:00:00`, both local, `7d` or `12h` before now, or `@seconds`."""
-    ago = re.fullmatch(r"(\d{1,5})([dh])", text)
+    """Unix seconds: of `2026-11-25` or `2026-11-25T08:00:00`, both local, `7d`, `12h` or `30m` ago, or `@seconds`."""
+    ago = re.fullmatch(r"(\d{1,5})([dhm])", text)
     if ago:
-        return time.time() - int(ago.group(1)) * (DAY_SECONDS if ago.group(2) == "d" else 3600.0)
+        return time.time() - int(ago.group(1)) * {"d": DAY_SECONDS, "h": 3600.0, "m": 60.0}[ago.group(2)]
     if re.fullmatch(r"@\d{1,12}", text):
         return float(text[1:])
     for form in ("%Y-%m-%dT%H:%M:%S", "%Y-%m-%dT%H:%M", "%Y-%m-%d"):
@@ -424,13 +424,16 @@ def moment(text: str) -> float:
         except (ValueError, OverflowError):
             continue
     raise argparse.ArgumentTypeError(
-        f"got {text!r}, want a date, a date and time as 2026-11-25T08:00, 7d, 12h or @seconds"
+        f"got {text!r}, want a date, a date and time as 2026-11-25T08:00, 7d, 12h, 30m or @seconds"
     )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--since", type=moment, default="7d", help="a local date or time, 7d, 12h, or @ and unix seconds (default: 7d)"
+        "--since",
+        type=moment,
+        default="7d",
+        help="a local date or time, 7d, 12h, 30m, or @ and unix seconds (default: 7d)",
     )
     parser.add_argument("--until", type=moment, help="the same (default: now)")
     parser.add_argument("--config", type=Path, default=Path("/etc/gleaner/gateway.json"))
