@@ -532,6 +532,7 @@ class Agent:
     def _start_process(self, task: Task) -> Process:
         if self.log is None or self.log.path != Path(task.log):
             self.log = joblog.File(Path(task.log), self.label)
+        self.log.say(f"starting {' '.join(task.argv)}")
         output, pipe = os.pipe2(os.O_CLOEXEC)
         try:
             self.output = joblog.Reader(output, self.log.put)

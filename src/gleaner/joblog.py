@@ -210,8 +210,9 @@ class File:
         return data[written:]
 
     def _append(self, path: Path, data: bytes) -> int:
-        # The folder of a job that writes nothing for long is taken away as an old one.
-        path.parent.mkdir(parents=True, exist_ok=True)
+        # The folder of a job that writes nothing for long is taken away as an old one. Nothing is made above it: the
+        # shared folder may not be mounted.
+        path.parent.mkdir(exist_ok=True)
         with contextlib.suppress(FileNotFoundError):
             if path.stat().st_size >= self._limit:
                 rotate(path)

@@ -350,7 +350,13 @@ class Home:
         for start in [*self.started, *self.workers]:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(start["pid"], signal.SIGKILL)
-        shutil.rmtree(self.root)
+        wait_for(self._removed)
+
+    def _removed(self) -> bool:
+        # An agent that has just lost its supervisor writes its last words meanwhile.
+        with contextlib.suppress(OSError):
+            shutil.rmtree(self.root)
+        return not self.root.exists()
 
 
 @contextlib.contextmanager

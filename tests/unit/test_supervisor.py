@@ -390,7 +390,7 @@ def test_a_line_is_for_the_gateway_alone(place: Home) -> None:
     supervise(place)
     with gateway(place, key="f" * 64) as end:
         wait_for(lambda: hear(end).done)
-    assert "connection refused: wrong token of a gateway" in place.log("supervise")
+    wait_for(lambda: "connection refused: wrong token of a gateway" in place.log("supervise"))
 
 
 def test_without_a_key_there_is_no_line(place: Home) -> None:
