@@ -1,4 +1,4 @@
-"""system_service: a unit to come is a change in check mode, and a failed start shows its journal."""
+"""system_service: a unit to come is a change in check mode, a failed start shows its journal, old files are seen."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from action_plugins.system_service import unit_to_come
+from action_plugins.system_service import Look, look_command, unit_to_come
 
 ROOT = Path(__file__).parents[2]
 
@@ -17,13 +17,19 @@ PLAYBOOK = """
 - hosts: localhost
   gather_facts: false
   tasks:
-    - system_service: {name: nginx, state: started, enabled: true}
+    - system_service: {name: nginx, state: started, enabled: true%(options)s}
+      notify: Restart nginx
       environment: {PATH: "%(bin)s:/usr/bin:/bin"}
+  handlers:
+    - name: Restart nginx
+      debug: {msg: told}
 """
 # systemctl of a host whose unit is not there, or is there and does not start, or is skipped for a condition.
 SYSTEMCTL = """#!/bin/sh
 case "$1" in
-  show) printf 'Id=nginx.service\\nLoadState=%(load)s\\nActiveState=inactive\\nConditionResult=%(condition)s\\n' ;;
+  show)
+    printf 'Id=nginx.service\\nLoadState=%(load)s\\nActiveState=%(active)s\\nConditionResult=%(condition)s\\n'
+    printf 'InactiveExitTimestamp=Sun 2026-11-29 08:00:00.500000 UTC\\nStateChangeTimestamp=\\n' ;;
   is-enabled) echo enabled ;;
   start) [ %(condition)s = no ] || { echo 'Job for nginx.service failed.' >&2; exit 1; } ;;
 esac
@@ -31,13 +37,16 @@ esac
 JOURNAL = "#!/bin/sh\necho 'nginx: [emerg] bind() to 0.0.0.0:8080 failed'\n"
 
 
-def play(folder: Path, load: str, *options: str, condition: str = "yes") -> subprocess.CompletedProcess[str]:
+def play(
+    folder: Path, load: str, *options: str, condition: str = "yes", active: str = "inactive", reads: Path | None = None
+) -> subprocess.CompletedProcess[str]:
     programs = folder / "bin"
-    programs.mkdir()
-    for name, text in (("systemctl", SYSTEMCTL % {"load": load, "condition": condition}), ("journalctl", JOURNAL)):
+    programs.mkdir(exist_ok=True)
+    systemctl = SYSTEMCTL % {"load": load, "condition": condition, "active": active}
+    for name, text in (("systemctl", systemctl), ("journalctl", JOURNAL)):
         (programs / name).write_text(text)
         (programs / name).chmod(0o755)
-    (folder / "play.yml").write_text(PLAYBOOK % {"bin": programs})
+    (folder / "play.yml").write_text(PLAYBOOK % {"bin": programs, "options": f", reads: [{reads}]" if reads else ""})
     return subprocess.run(
         [str(Path(sys.executable).with_name("ansible-playbook")), "-i", "localhost,", "-c", "local",
          "play.yml", *options],
@@ -85,3 +94,97 @@ def test_a_unit_that_is_skipped_for_its_condition_is_no_success(tmp_path: Path) 
     done = play(tmp_path, "loaded", condition="no")
     assert done.returncode == 2
     assert "nginx was not started: a condition of its unit is not met" in done.stdout
+
+
+# The fake unit was started at half past that second.
+STARTED = 1795939200
+
+
+def at(path: Path, seconds: float) -> Path:
+    path.touch()
+    os.utime(path, (seconds, seconds))
+    return path
+
+
+@pytest.mark.parametrize("options", [(), ("--check", "--diff")])
+def test_a_unit_that_is_older_than_its_file_notifies_the_handler(tmp_path: Path, options: tuple[str, ...]) -> None:
+    file = at(tmp_path / "nginx.conf", STARTED + 0.6)
+    done = play(tmp_path, "loaded", *options, active="active", reads=file)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "RUNNING HANDLER [Restart nginx]" in done.stdout
+    if options:
+        assert f"nginx runs since before a change of {file}" in done.stdout
+
+
+def test_a_unit_that_has_read_its_file_is_left_alone(tmp_path: Path) -> None:
+    done = play(tmp_path, "loaded", active="active", reads=at(tmp_path / "nginx.conf", STARTED + 0.4))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "changed=0" in done.stdout
+
+
+def test_a_file_that_is_not_there_is_a_failure_but_for_a_dry_run(tmp_path: Path) -> None:
+    missing = tmp_path / "nginx.conf"
+    done = play(tmp_path, "loaded", active="active", reads=missing)
+    assert done.returncode == 2
+    assert f"'{missing}': No such file or directory" in done.stdout
+    assert play(tmp_path, "loaded", "--check", active="active", reads=missing).returncode == 0
+
+
+def test_a_file_from_the_future_counts_once(tmp_path: Path) -> None:
+    file = at(tmp_path / "nginx.conf", 2 * STARTED)
+    assert "changed=1" in play(tmp_path, "loaded", "--check", active="active", reads=file).stdout
+    assert file.stat().st_mtime == 2 * STARTED
+    done = play(tmp_path, "loaded", active="active", reads=file)
+    assert "RUNNING HANDLER [Restart nginx]" in done.stdout
+    assert file.stat().st_mtime < 2 * STARTED
+
+
+def look(moment: str, now: str = "1795939300", **unit: str) -> Look:
+    shown = {
+        "ActiveState": "active",
+        "InactiveExitTimestamp": "Sun 2026-11-29 08:00:00.500000 UTC",
+        "StateChangeTimestamp": "Sun 2026-11-29 08:00:20.000000 UTC",
+        **unit,
+    }
+    lines = "".join(f"{name}={value}\n" for name, value in shown.items())
+    return Look.from_text(f"{lines}--\n{now}.000000000\n{moment} /etc/a b\n")
+
+
+@pytest.mark.parametrize(
+    ("moment", "by", "stale"),
+    [
+        ("1795939200.499999999", "restarted", False),
+        ("1795939200.500000000", "restarted", False),
+        ("1795939200.500000001", "restarted", True),
+        ("1795939219.999999999", "restarted", True),
+        ("1795939219.999999999", "reloaded", False),
+        ("1795939220.000000001", "reloaded", True),
+    ],
+)
+def test_files_are_compared_to_the_nanosecond(moment: str, by: str, stale: bool) -> None:
+    assert look(moment).stale(by) == (["/etc/a b"] if stale else [])
+
+
+def test_what_does_not_run_has_read_nothing_old() -> None:
+    assert look("1795939290", ActiveState="inactive").stale("restarted") == []
+    assert look("1795939290", InactiveExitTimestamp="").stale("restarted") == []
+
+
+def test_a_reload_that_failed_has_read_nothing() -> None:
+    assert look("1795939100", ReloadResult="exit-code").stale("reloaded") == ["/etc/a b"]
+    assert look("1795939100", ReloadResult="success").stale("reloaded") == []
+    assert look("1795939100", ReloadResult="exit-code").stale("restarted") == []
+
+
+def test_a_start_in_the_future_proves_nothing() -> None:
+    assert look("1795939100", now="1795939150").stale("restarted") == ["/etc/a b"]
+
+
+@pytest.mark.parametrize("text", ["", "ActiveState=active\n", "a=b\n--\n", "a=b\n--\nnow\n"])
+def test_an_answer_of_another_kind_is_no_answer(text: str) -> None:
+    with pytest.raises((ValueError, ArithmeticError)):
+        Look.from_text(text)
+
+
+def test_paths_are_words() -> None:
+    assert look_command("nginx", ["/etc/a b"]).endswith("-- '/etc/a b'")
