@@ -170,7 +170,15 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible-core ships no t
         if result.get("changed") and not result.get("failed"):
             result["diff"] = {"prepared": self._command_text(follow) + told}
         if follow:
-            result.update(self._follow(str(args["name"]), result, regex, (task_vars or {})["inventory_hostname"]))
+            host = (task_vars or {})["inventory_hostname"]
+            result.update(self._follow(str(args["name"]), result, regex, host))
+            if result.get("attached") and not result.get("failed") and (args.get("unless") or args.get("creates")):
+                # It may have begun before what this run has written: a second look tells whether all is done.
+                again = self._execute_module(module_name="long_command", module_args=args, task_vars=task_vars)
+                if again.get("failed"):
+                    result = again
+                elif again.get("follow"):
+                    result.update(self._follow(str(args["name"]), again, regex, host))
         self._remove_tmp_path(self._connection._shell.tmpdir)
         return result
 

@@ -25,7 +25,8 @@ short_description: Run a long command on a host and show how far it is
 description:
   - Runs a command as a transient systemd unit and follows it, printing its progress while it runs.
   - The command outlives a lost connection and an interrupted play. The next run attaches to it instead of
-    starting another, and refuses when a unit of that name runs a different command.
+    starting another, and refuses when a unit of that name runs a different command. When what it attached to has
+    ended, O(creates) and O(unless) are asked once more, since it may have begun with files of before.
   - The output goes to C(/var/log/gleaner/<name>.log) on the host, readable by root, one run at a time.
   - Where systemd is not PID 1, as on some machines that hold a lab, a small process of its own stands in for the unit.
 author: Gleaner

@@ -138,13 +138,13 @@ def test_the_cause_is_told_in_words(properties: dict[str, str], words: str) -> N
 class Follower(action.ActionModule):
     """The action with a host that gives prepared answers."""
 
-    def __init__(self, args: dict[str, Any], started: dict[str, Any], answers: list[Any], no_log: bool) -> None:
+    def __init__(self, args: dict[str, Any], started: list[dict[str, Any]], answers: list[Any], no_log: bool) -> None:
         self._task = type("Task", (), {"args": args, "no_log": no_log, "async_val": 0, "check_mode": False})()
         self._connection = type("C", (), {"_shell": type("S", (), {"tmpdir": None})()})()
         self.started, self.answers, self.commands = started, answers, list[str]()
 
     def _execute_module(self, **_: Any) -> dict[str, Any]:
-        return dict(self.started)
+        return dict(self.started.pop(0) if len(self.started) > 1 else self.started[0])
 
     def _remove_tmp_path(self, _: str | None) -> None:
         pass
@@ -172,11 +172,16 @@ def printed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def follow(
-    answers: list[Any], no_log: bool = False, attached: bool = False, told: str = "", **args: Any
+    answers: list[Any],
+    no_log: bool = False,
+    attached: bool = False,
+    told: str = "",
+    again: dict[str, Any] | None = None,
+    **args: Any,
 ) -> dict[str, Any]:
     started = {"changed": True, "follow": True, "attached": attached, "log": LOG, "told": told}
     task = {"name": "build", "argv": ["make", "-j 2"], "chdir": "/src", **args}
-    follower = Follower(task, started, answers, no_log)
+    follower = Follower(task, [started, *([again] if again else [])], answers, no_log)
     result: dict[str, Any] = follower.run(task_vars={"inventory_hostname": "vasp-01"})
     assert follower.answers == []
     return result
@@ -210,6 +215,16 @@ def test_failure_brings_the_end_of_the_log(printed: list[str]) -> None:
 def test_attaching_is_said(printed: list[str]) -> None:
     follow([DONE, ""], attached=True)
     assert printed == ["  vasp-01 | build: runs already since an earlier play, following it"]
+
+
+def test_what_was_attached_to_may_have_begun_with_files_of_before(printed: list[str]) -> None:
+    more = {"changed": True, "follow": True, "attached": False, "log": LOG, "told": ""}
+    result = follow([DONE, "", FAILED, "bad\n"], attached=True, again=more, unless=["check"])
+    assert result["failed"] is True
+    done = follow([DONE, ""], attached=True, again={"changed": False, "follow": False}, unless=["check"])
+    assert (done["changed"], done.get("failed")) == (True, None)
+    refused = follow([DONE, ""], attached=True, again={"failed": True, "msg": "another"}, unless=["check"])
+    assert refused["msg"] == "another"
 
 
 def test_a_short_loss_of_the_connection_is_survived(printed: list[str]) -> None:
