@@ -8,6 +8,7 @@ import json
 import os
 import platform
 import re
+import resource
 import shlex
 import subprocess
 import sys
@@ -27,6 +28,8 @@ class Lab:
 
     id: str
     inventory: str = INVENTORY
+    # An inventory that adds hosts to it.
+    more: str = ""
 
     @property
     def is_lab(self) -> bool:
@@ -40,7 +43,7 @@ class Lab:
     def value(self, host: str, name: str) -> Any:
         """A variable of a host, as Ansible sees it; LookupError when the host does not have it."""
         run = subprocess.run(
-            [_tool("ansible"), "-i", self.inventory, host, "-m", "ansible.builtin.debug", "-a", f"var={name}"],
+            [_tool("ansible"), *self._inventories(), host, "-m", "ansible.builtin.debug", "-a", f"var={name}"],
             cwd=ROOT,
             env=self.environment,
             check=True,
@@ -62,15 +65,15 @@ class Lab:
             return ["ssh", host, "sudo", "--non-interactive"]
         return ["ssh", "-F", f"{self.variable(host, 'lab_access')}/ssh_config-{self.id}", host]
 
-    def playbook(self, name: str) -> Play:
+    def playbook(self, name: str, **environment: str) -> Play:
         """Run a playbook and time it; RuntimeError with its last lines when it fails."""
-        began = time.monotonic()
+        began, used = time.monotonic(), _seconds_of_children()
         lines: list[str] = []
         starts: list[tuple[float, str]] = []
         with subprocess.Popen(
-            [_tool("ansible-playbook"), "-i", self.inventory, name],
+            [_tool("ansible-playbook"), *self._inventories(), name],
             cwd=ROOT,
-            env=self.environment,
+            env=self.environment | environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -85,16 +88,21 @@ class Lab:
             raise RuntimeError(f"{name} ended with {process.returncode}; its last lines:\n{''.join(lines[-40:])}")
         changed = re.findall(r"^(\S+) +: .* changed=([1-9]\d*)", "".join(lines), re.MULTILINE)
         tasks = [(after - start, task) for (start, task), (after, _) in zip(starts, starts[1:])]
-        return Play(seconds, {host: int(count) for host, count in changed}, tasks)
+        cpu_seconds = _seconds_of_children() - used
+        return Play(seconds, {host: int(count) for host, count in changed}, tasks, cpu_seconds)
+
+    def _inventories(self) -> list[str]:
+        return ["-i", self.inventory, *(["-i", self.more] if self.more else [])]
 
 
 @dataclass(frozen=True)
 class Play:
-    """A run of a playbook: its time, the hosts that it changed, and the time of each task."""
+    """A run of a playbook: its time, the hosts that it changed, the time of each task, and what it computed here."""
 
     seconds: float
     changed: Mapping[str, int]
     tasks: Sequence[tuple[float, str]]
+    cpu_seconds: float
 
 
 def lab_from_environment() -> Lab:
@@ -136,6 +144,12 @@ def commit() -> str:
 
 def ansible_version() -> str:
     return importlib.metadata.version("ansible-core")
+
+
+def _seconds_of_children() -> float:
+    """Processor time of all that this process has started and that has ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def _git(*arguments: str) -> str:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import yaml
 
-from benchmarks import bring_up, gateway, report
+from benchmarks import bring_up, gateway, lab, provisioning, report
 
 
 def test_only_the_section_is_replaced(tmp_path: Path) -> None:
@@ -25,7 +26,7 @@ def test_missing_markers_are_named() -> None:
         report.replace("nothing here", "x", "new")
 
 
-@pytest.mark.parametrize("section", ["gateway", "bring-up"])
+@pytest.mark.parametrize("section", ["gateway", "bring-up", "provisioning"])
 def test_the_document_has_a_place_for_each_section(section: str) -> None:
     assert report.replace(report.DOCUMENT.read_text(), section, "figures")
 
@@ -63,3 +64,38 @@ def test_bring_up_says_which_bar_is_missed() -> None:
     assert "| 3 | 121.0 | 119.0 121.0 140.0 | 120 s: missed |" in text
     assert "| 1 | 60.0 | 60.0 | 60 s: met |" in text
     assert "| role : file \\| A task | 1.5 |" in text
+
+
+def test_the_nodes_that_the_lab_lacks_follow_its_own() -> None:
+    assert yaml.safe_load(provisioning.more_nodes(4)) == {"all": {"children": {"slurm_nodes": {"hosts": {}}}}}
+    nodes = yaml.safe_load(provisioning.more_nodes(16))["all"]["children"]["slurm_nodes"]["hosts"]
+    assert list(nodes) == [f"vasp-{number:02}" for number in range(4, 16)]
+    assert (nodes["vasp-04"], nodes["vasp-15"]) == ({"lab_octet": 14}, {"lab_octet": 25})
+    with pytest.raises(ValueError, match="wanted at least 4"):
+        provisioning.more_nodes(3)
+
+
+@pytest.mark.parametrize("k", [0.0, 1.0, 2.0])
+def test_growth_has_an_exponent(k: float) -> None:
+    assert provisioning.exponent({hosts: 0.3 * hosts**k for hosts in (4, 8, 16)}) == pytest.approx(k)
+
+
+def runs(k: float) -> dict[int, lab.Play]:
+    return {
+        hosts: lab.Play(10.0 * hosts, {}, [(0.1 * hosts**k, "role : task"), (0.01 * hosts**2, "short")], 3.0 * hosts)
+        for hosts in (4, 8)
+    }
+
+
+@pytest.mark.parametrize(("k", "measured"), [(1.2, "none"), (2.0, "role : task")])
+def test_a_task_that_grows_with_the_square_misses_its_bar(k: float, measured: str) -> None:
+    bars = provisioning.verdicts(runs(1.0), runs(k))
+    assert bars[-1] == ("second run: no task grows with the square of the hosts", measured, measured == "none")
+    assert all(met for _, _, met in bars[:-1])
+    assert "| role : task | " in provisioning.provisioning_report({}, runs(1.0), runs(k))
+
+
+def test_more_time_for_each_host_misses_its_bar() -> None:
+    slower = runs(1.0) | {8: lab.Play(100.0, {}, [], 40.0)}
+    missed = [what for what, _, met in provisioning.verdicts(runs(1.0), slower) if not met]
+    assert [what.partition(" for")[0] for what in missed] == ["second run: seconds", "second run: CPU seconds here"]
