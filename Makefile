@@ -21,7 +21,9 @@ OWN_LAB := env --unset=GLEANER_LAB_ID
 STAYS := the packages apt-cacher-ng, mmdebstrap, systemd-container, iproute2, debian-archive-keyring and openssh-client
 
 .PHONY: help up down distclean sources test lint unit lab-tests bench bench-preemption fuzz test-cuda
-.PHONY: test-tailnet test-full full-machine full-lab full-older full-tailnet full-cuda full-timed
+.PHONY: bench-provisioning
+.PHONY: test-tailnet test-full full-machine full-lab full-older full-platforms full-interrupted full-tailnet full-cuda
+.PHONY: full-timed
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
@@ -68,6 +70,10 @@ bench: .venv/ready
 	$(OWN_LAB) $(BIN)/python -m benchmarks.bring_up
 	GLEANER_LAB_ID=5 PYTHONPATH=src tools/with_lab $(BIN)/python -m benchmarks.split
 
+# How site.yml grows from four hosts to sixteen: the better part of an hour.
+bench-provisioning: .venv/ready $(VAULT) sources
+	$(OWN_LAB) $(BIN)/python -m benchmarks.provisioning
+
 # What paying jobs wait because of the tiers, into docs/preemption.md: with both versions of Slurm, an hour each.
 bench-preemption: .venv/ready $(VAULT) sources
 	GLEANER_LAB_ID=5 GLEANER_LAB_SUITE=trixie PYTHONPATH=src tools/with_lab $(BIN)/python -m benchmarks.preemption
@@ -102,7 +108,7 @@ test-full: full-timed
 
 full-machine: .venv/ready $(VAULT) sources
 	$(SUDO) tools/fresh_machine
-	$(OWN_LAB) $(BIN)/python -m pytest -v tests/full --ignore=tests/full/lab
+	$(OWN_LAB) $(BIN)/python -m pytest -v tests/full/test_*.py
 
 full-lab: full-machine
 	GLEANER_LAB_ID=5 PYTHONPATH=src tools/with_lab $(BIN)/python -m pytest -v tests/full/lab
@@ -111,9 +117,19 @@ full-lab: full-machine
 # The same promises with the older Slurm, of Debian 12, which completes a job that leaves during a preemption.
 full-older: full-lab
 	GLEANER_LAB_ID=5 GLEANER_LAB_SUITE=bookworm PYTHONPATH=src tools/with_lab $(BIN)/python -m pytest -v \
-		molecule/preemption tests/full/lab/test_preemption_faults.py
+		tests/full/platforms/test_main_scenario.py molecule/preemption tests/full/lab/test_preemption_faults.py
 
-full-tailnet: full-older
+# The newest ansible-core, on a host of the lab, and the oldest, here.
+full-platforms: full-older
+	GLEANER_LAB_ID=5 PYTHONPATH=src tools/with_lab --bare $(BIN)/python -m pytest -x -v -s \
+		tests/full/platforms/test_control_machines.py
+
+# Ten kills, ten repairs.
+full-interrupted: full-platforms
+	GLEANER_LAB_ID=5 PYTHONPATH=src tools/with_lab --bare $(BIN)/python -m pytest -x -v -s \
+		tests/full/day_two/test_interrupted.py
+
+full-tailnet: full-interrupted
 	$(MAKE) test-tailnet
 
 full-cuda: full-tailnet
