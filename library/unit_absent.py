@@ -85,7 +85,8 @@ def look(name: str) -> Unit:
 
 def links(name: str) -> list[Path]:
     """By which it is started at boot, whether or not they lead to anything."""
-    return sorted(path for kind in ("wants", "requires") for path in UNITS.glob(f"*.{kind}/{name}"))
+    found = (folder / name for kind in ("wants", "requires") for folder in UNITS.glob(f"*.{kind}"))
+    return sorted(path for path in found if path.is_symlink())
 
 
 def todo(names: list[str], drop_ins: list[str]) -> list[tuple[str, str]]:
