@@ -1,6 +1,10 @@
 """What a tier's job was made from, as a digest that Slurm keeps with the job.
 
 The job script carries it as `#SBATCH --comment=gleaner:<digest>`, so that a job which a person submits has it, too.
+
+A router's job takes one of several nodes, and need not end since the others are not the same any more. Its digest has
+two parts: `<what it is made from>-<where it may run>`. The second begins with what Slurm is told of nodes, which counts
+for a job that waits, and goes on with one piece for each node of the plan, in the plan's order.
 """
 
 from __future__ import annotations
@@ -8,24 +12,60 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 # Of a plan: what people are told, what a running router learns without a restart, and Slurm's part, of which the
 # job script has all that counts.
 _WITHOUT_EFFECT = {"memory", "models", "priority", "slurm", "warnings"}
-_DIGEST = re.compile(r"\bgleaner:([0-9a-f]{16})\b")
-_REPLACED = re.compile(r"\bgleaner:[0-9a-f]* replaced\b")
-_OUTRANKED = re.compile(r"\bgleaner:[0-9a-f]* outranked\b")
+_PIECE = 8
+_DIGEST = re.compile(rf"\bgleaner:([0-9a-f]{{16}}(?:-(?:[0-9a-f]{{{_PIECE}}})+)?)(?![0-9a-f-])")
+_REPLACED = re.compile(r"\bgleaner:[0-9a-f-]* replaced\b")
+_OUTRANKED = re.compile(r"\bgleaner:[0-9a-f-]* outranked\b")
+_PLACE_OPTIONS = re.compile(r"^#SBATCH --(?:nodelist|exclude)=.*\n", re.MULTILINE)
 
 
 def of(plan: Mapping[str, Any], script: str) -> str:
-    """The digest of a plan and of the job script made from it, 16 hexadecimal digits.
+    """The digest of a plan and of the job script made from it.
 
-    Two plans have the same one when a job of the first need not end because of the second.
+    16 hexadecimal digits, with a second part for a router. Two plans have the same one when a job of the first need not
+    end because of the second, nor be submitted anew while it waits.
     """
     effective = {key: value for key, value in plan.items() if key not in _WITHOUT_EFFECT}
-    return hashlib.sha256(json.dumps([effective, script], sort_keys=True).encode()).hexdigest()[:16]
+    if plan["kind"] != "router":
+        return _hash([effective, script])
+    nodes = effective.pop("nodes")
+    told = [nodes_of(plan), _PLACE_OPTIONS.findall(script)]
+    pieces = [told, *([name, nodes[name]] for name in nodes_of(plan))]
+    return f"{_hash([effective, _PLACE_OPTIONS.sub('', script)])}-{''.join(_hash(piece)[:_PIECE] for piece in pieces)}"
+
+
+def nodes_of(plan: Mapping[str, Any]) -> list[str]:
+    """The nodes on which the plan's job may run, in the order in which its digest has them."""
+    return [str(name) for name in plan["slurm"]["nodes"]]
+
+
+def _hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def may_run_on(made_from: str, current: str, candidates: Sequence[str], hosts: Sequence[str]) -> bool:
+    """A job made from one digest, which runs on these hosts, is one that the current plan would have there, too.
+
+    `candidates` are the nodes of the current plan, as `nodes_of` gives them.
+    """
+    if made_from == current:
+        return True
+    (what, _, was), (what_now, _, now) = made_from.partition("-"), current.partition("-")
+    if what != what_now or not was or not now:
+        return False
+    _, *pieces = _pieces(now)
+    wanted = dict(zip(candidates, pieces))
+    return bool(hosts) and all(wanted.get(host, "") in _pieces(was)[1:] for host in hosts)
+
+
+def _pieces(text: str) -> list[str]:
+    return [text[start : start + _PIECE] for start in range(0, len(text), _PIECE)]
 
 
 def read(text: str) -> str:

@@ -474,7 +474,7 @@ class Keeper:
             return None
         made_from = digest_of(job, state)
         # A job that was told to yield does so, even if its plan is the current one again.
-        if digest.is_replaced(job.comment) or self._outdated(tier, made_from):
+        if digest.is_replaced(job.comment) or self._outdated(tier, made_from, job):
             words = f"job {job.id} is being replaced: its plan is not the current one"
             return Departure(words, digest.replaced(made_from))
         if state.ending and (state.held or state.job == job.id):
@@ -485,12 +485,14 @@ class Keeper:
             return Departure(f"job {job.id} yields: {words}", digest.outranked(made_from))
         return None
 
-    def _outdated(self, tier: TierConfig, made_from: str) -> bool:
+    def _outdated(self, tier: TierConfig, made_from: str, job: slurm.Job | None = None) -> bool:
         """A job made from this is not the one that would be submitted now.
 
-        Between the writing of a job script and that of our configuration nobody can tell, so none is ended.
+        One that runs need not end for what has changed of nodes that it does not use. Between the writing of a job
+        script and that of our configuration nobody can tell, so none is ended.
         """
-        if made_from == tier.digest:
+        hosts = slurm.hosts(job.nodes) if job is not None and job.state not in WAITING_STATES else []
+        if digest.may_run_on(made_from, tier.digest, tier.need.nodes, hosts):
             return False
         script = script_digest(tier.script)
         key = f"{tier.tier}/script"

@@ -599,6 +599,43 @@ def test_waiting_job_of_another_plan_is_replaced_at_once(site: Site) -> None:
     assert (site.state.held, site.state.failures) == (False, 0)
 
 
+# A router may have another node: the first part of its digest is the same, and so is what it says of the node in use.
+ON_ONE = f"{DIGEST}-{1:08x}{2:08x}"
+ON_TWO = f"{DIGEST}-{3:08x}{2:08x}{4:08x}"
+
+
+def another_node_comes(site: Site, *nodes: str) -> None:
+    site.write_script(ON_TWO)
+    site.restart_keeper(digest=ON_TWO, need=dataclasses.replace(NEED, nodes=nodes))
+
+
+def test_running_job_stays_when_its_tier_may_have_another_node(site: Site) -> None:
+    site.write_script(ON_ONE)
+    site.restart_keeper(digest=ON_ONE)
+    site.poll()
+    site.queue(queue_line(comment=f"gleaner:{ON_ONE}"))
+    site.poll()
+    another_node_comes(site, "vasp-02", "vasp-04")
+    site.poll(3)
+    assert (site.told_to_yield, site.submissions, site.state.ending) == (0, 1, False)
+    # Preempted, it waits, and would not start on the new node.
+    site.queue(queue_line(state="PENDING", restarts="1", nodes="", reason="BeginTime", comment=f"gleaner:{ON_ONE}"))
+    site.poll()
+    assert site.place.calls_of("scancel") == ["scancel 41"]
+
+
+def test_running_job_yields_on_a_node_that_its_tier_may_have_no_more(site: Site) -> None:
+    site.write_script(ON_ONE)
+    site.restart_keeper(digest=ON_ONE)
+    site.poll()
+    site.queue(queue_line(comment=f"gleaner:{ON_ONE}"))
+    site.poll()
+    another_node_comes(site, "vasp-03", "vasp-04")
+    site.poll(3)
+    assert site.told_to_yield == 1
+    assert site.place.calls_of("scontrol update") == [f"scontrol update JobId=41 Comment=gleaner:{ON_ONE} replaced"]
+
+
 def test_waiting_job_is_replaced_even_where_accounting_never_says_who_cancelled_it(site: Site) -> None:
     site.poll()
     site.queue(queue_line(state="PENDING", nodes="", reason="Resources"))
