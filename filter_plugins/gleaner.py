@@ -127,6 +127,10 @@ def slurm_policy_gap(show_config: str, version: str) -> list[str]:
     return slurmconf.policy_gap(str(show_config), str(version))
 
 
+def slurm_conf_nodes(text: str) -> list[str]:
+    return slurmconf.nodes(str(text))
+
+
 def slurm_losing_jobs(lines: Iterable[str]) -> list[str]:
     return slurmconf.losing_jobs(_plain(list(lines)))
 
@@ -168,6 +172,7 @@ class FilterModule:
             "site_plans": site_plans,
             "site_problems": site_problems,
             "slurm_accounting_policy": slurm_accounting_policy,
+            "slurm_conf_nodes": slurm_conf_nodes,
             "slurm_conf_with": slurm_conf_with,
             "slurm_losing_jobs": slurm_losing_jobs,
             "slurm_partition_gap": slurm_partition_gap,

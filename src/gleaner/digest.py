@@ -3,8 +3,8 @@
 The job script carries it as `#SBATCH --comment=gleaner:<digest>`, so that a job which a person submits has it, too.
 
 A router's job takes one of several nodes, and need not end since the others are not the same any more. Its digest has
-two parts: `<what it is made from>-<where it may run>`. The second begins with what Slurm is told of nodes, which counts
-for a job that waits, and goes on with one piece for each node of the plan, in the plan's order.
+two parts: `<what it is made from>-<where it may run>`. The second begins with what Slurm is told of nodes and of the
+queue, which counts for a job that waits, and goes on with one piece for each node of the plan, in the plan's order.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ _PIECE = 8
 _DIGEST = re.compile(rf"\bgleaner:([0-9a-f]{{16}}(?:-(?:[0-9a-f]{{{_PIECE}}})+)?)(?![0-9a-f-])")
 _REPLACED = re.compile(r"\bgleaner:[0-9a-f-]* replaced\b")
 _OUTRANKED = re.compile(r"\bgleaner:[0-9a-f-]* outranked\b")
-_PLACE_OPTIONS = re.compile(r"^#SBATCH --(?:nodelist|exclude)=.*\n", re.MULTILINE)
+# What Slurm reads while a job waits.
+_WAITING_OPTIONS = re.compile(r"^#SBATCH --(?:nodelist|exclude|nice)=.*\n", re.MULTILINE)
 
 
 def of(plan: Mapping[str, Any], script: str) -> str:
@@ -35,9 +36,11 @@ def of(plan: Mapping[str, Any], script: str) -> str:
     if plan["kind"] != "router":
         return _hash([effective, script])
     nodes = effective.pop("nodes")
-    told = [nodes_of(plan), _PLACE_OPTIONS.findall(script)]
+    told = [nodes_of(plan), _WAITING_OPTIONS.findall(script)]
     pieces = [told, *([name, nodes[name]] for name in nodes_of(plan))]
-    return f"{_hash([effective, _PLACE_OPTIONS.sub('', script)])}-{''.join(_hash(piece)[:_PIECE] for piece in pieces)}"
+    return (
+        f"{_hash([effective, _WAITING_OPTIONS.sub('', script)])}-{''.join(_hash(piece)[:_PIECE] for piece in pieces)}"
+    )
 
 
 def nodes_of(plan: Mapping[str, Any]) -> list[str]:

@@ -6,6 +6,8 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from gleaner import slurm
+
 # Since 23.02 the preempt_* options of other keys live in PreemptParameters, without their prefix; the old
 # spelling still counts. In 22.05 PreemptParameters is a parse error.
 PREEMPT_PARAMETERS_SINCE = (23, 2)
@@ -151,6 +153,13 @@ def partition_gap(
         if changes:
             lines.append(f"PartitionName={name} {' '.join(changes)}")
     return lines
+
+
+def nodes(text: str) -> list[str]:
+    """The nodes that a slurm.conf defines, in its order; those of files that it includes are not seen."""
+    whole = re.sub(r"\\\n", " ", text)
+    names = re.findall(r"^[ \t]*NodeName[ \t]*=[ \t]*(\S+)", whole, flags=re.MULTILINE | re.IGNORECASE)
+    return [host for name in names if name.upper() != "DEFAULT" for host in slurm.hosts(name)]
 
 
 def with_lines(text: str, lines: Iterable[str], live_partitions: Iterable[str] = ()) -> str:

@@ -47,6 +47,21 @@ def test_version_of(text: str, version: str) -> None:
     assert slurmconf.version_of(text) == version
 
 
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        ("", []),
+        ("NodeName=vasp-01 CPUs=40\nNodeName=vasp-02 CPUs=40\n", ["vasp-01", "vasp-02"]),
+        ("NodeName=vasp-[01-03],gpu1 CPUs=40\n", ["vasp-01", "vasp-02", "vasp-03", "gpu1"]),
+        ("NodeName=DEFAULT CPUs=40\n  nodename = vasp-01\n", ["vasp-01"]),
+        ("#NodeName=vasp-01\nPartitionName=all Nodes=vasp-02\nDownNodes=vasp-03\n", []),
+        ("NodeName=vasp-01 \\\n  CPUs=40\n", ["vasp-01"]),
+    ],
+)
+def test_the_nodes_of_a_slurm_conf(text: str, names: list[str]) -> None:
+    assert slurmconf.nodes(text) == names
+
+
 @pytest.mark.parametrize("text", ["", "slurm", "2411", "24.11", "124.11.5"])
 def test_text_without_a_version_is_named(text: str) -> None:
     with pytest.raises(ValueError, match="holds no Slurm version"):
