@@ -22,8 +22,8 @@ STAYS := the packages apt-cacher-ng, mmdebstrap, systemd-container, iproute2, de
 
 .PHONY: help up down distclean sources test lint unit lab-tests bench bench-preemption fuzz test-cuda
 .PHONY: bench-provisioning
-.PHONY: test-tailnet test-full full-machine full-lab full-older full-platforms full-interrupted full-tailnet full-cuda
-.PHONY: full-timed
+.PHONY: test-tailnet test-full full-machine full-lab full-older full-existing full-platforms full-interrupted
+.PHONY: full-tailnet full-cuda full-timed
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
@@ -119,8 +119,15 @@ full-older: full-lab
 	GLEANER_LAB_ID=5 GLEANER_LAB_SUITE=bookworm PYTHONPATH=src tools/with_lab $(BIN)/python -m pytest -v \
 		tests/full/platforms/test_main_scenario.py molecule/preemption tests/full/lab/test_preemption_faults.py
 
+# On a Slurm that was there before, with both of its versions.
+full-existing: full-older
+	GLEANER_LAB_ID=5 GLEANER_LAB_SUITE=trixie PYTHONPATH=src tools/with_lab --bare $(BIN)/python -m pytest -v \
+		tests/full/existing
+	GLEANER_LAB_ID=5 GLEANER_LAB_SUITE=bookworm PYTHONPATH=src tools/with_lab --bare $(BIN)/python -m pytest -v \
+		tests/full/existing
+
 # The newest ansible-core, on a host of the lab, and the oldest, here.
-full-platforms: full-older
+full-platforms: full-existing
 	GLEANER_LAB_ID=5 PYTHONPATH=src tools/with_lab --bare $(BIN)/python -m pytest -x -v -s \
 		tests/full/platforms/test_control_machines.py
 

@@ -136,23 +136,38 @@ def slurm_losing_jobs(lines: Iterable[str]) -> list[str]:
 
 
 def slurm_partition_gap(
-    show_partition: str, nodes: str, wanted: Iterable[Mapping[str, Any]], site_nodes: Iterable[str], ai_qos: str
+    show_partition: str, wanted: Iterable[Mapping[str, Any]], site_nodes: Iterable[str]
 ) -> list[str]:
-    nodes_of: dict[str, list[str]] = {}
-    for partition, node in (line.split() for line in str(nodes).splitlines() if line.strip()):
-        nodes_of.setdefault(partition, []).append(node)
-    ours = _plain(list(site_nodes))
-    return slurmconf.partition_gap(str(show_partition), nodes_of, _plain(list(wanted)), ours, str(ai_qos))
+    return slurmconf.partition_gap(str(show_partition), _plain(list(wanted)), _plain(list(site_nodes)))
 
 
-def slurm_conf_with(text: str, lines: Iterable[str], partitions: Iterable[str] = ()) -> str:
-    return slurmconf.with_lines(str(text), _plain(list(lines)), _plain(list(partitions)))
+def slurm_cluster_problems(
+    show_config: str,
+    show_partition: str,
+    show_node: str,
+    wanted: Mapping[str, Any],
+    plans: Iterable[Mapping[str, Any]],
+) -> list[str]:
+    shown = (str(show_config), str(show_partition), str(show_node))
+    return [str(problem) for problem in slurmconf.cluster_problems(*shown, _plain(wanted), _plain(list(plans)))]
+
+
+def slurm_waiting_qos(show_qos: str, ai_qos: str, paying: Iterable[str]) -> list[str]:
+    return slurmconf.waiting_qos(str(show_qos), str(ai_qos), _plain(list(paying)))
+
+
+def slurm_conf_included(text: str, path: str) -> list[str]:
+    return slurmconf.included(str(text), str(path))
+
+
+def slurm_conf_with(files: Mapping[str, str], lines: Iterable[str], partitions: Iterable[str] = ()) -> dict[str, str]:
+    return slurmconf.with_lines(_plain(files), _plain(list(lines)), _plain(list(partitions)))
 
 
 def slurm_accounting_policy(
-    ai: Mapping[str, Any], paying: Mapping[str, Any], grace_seconds: int
+    ai: Mapping[str, Any], paying: Mapping[str, Any], grace_seconds: int, managed: bool = True
 ) -> dict[str, list[dict[str, Any]]]:
-    return slurmconf.accounting_policy(_plain(ai), _plain(paying), int(grace_seconds))
+    return slurmconf.accounting_policy(_plain(ai), _plain(paying), int(grace_seconds), bool(managed))
 
 
 def apt_driver_changes(simulated: str, packages: str, loaded: bool) -> list[str]:
@@ -173,12 +188,15 @@ class FilterModule:
             "site_problems": site_problems,
             "slurm_accounting_policy": slurm_accounting_policy,
             "slurm_conf_nodes": slurm_conf_nodes,
+            "slurm_cluster_problems": slurm_cluster_problems,
+            "slurm_conf_included": slurm_conf_included,
             "slurm_conf_with": slurm_conf_with,
             "slurm_losing_jobs": slurm_losing_jobs,
             "slurm_partition_gap": slurm_partition_gap,
             "slurm_policy_gap": slurm_policy_gap,
             "slurm_preemption_settings": slurm_preemption_settings,
             "slurm_version_of": slurm_version_of,
+            "slurm_waiting_qos": slurm_waiting_qos,
             "tailnet_capabilities": tailnet_capabilities,
             "tailnet_paths": tailnet_paths,
             "tailnet_policy": tailnet_policy,

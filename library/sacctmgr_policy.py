@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import re
 import shlex
@@ -57,6 +58,12 @@ options:
         description: Flags of the QoS, all of them. An empty list clears them.
         type: list
         elements: str
+      widen:
+        description: >-
+          For one that others manage. Where it exists, its lists only gain what is named here, and nothing else of it
+          changes.
+        type: bool
+        default: false
   accounts:
     description: Accounts and their association with O(cluster).
     type: list
@@ -83,6 +90,12 @@ options:
       default_qos:
         description: The QoS of its jobs when they name none. Must be one of O(accounts[].qos).
         type: str
+      widen:
+        description: >-
+          For one that others manage. Where it exists, its lists only gain what is named here, and nothing else of it
+          changes.
+        type: bool
+        default: false
   users:
     description: Users and the accounts in which they may run jobs.
     type: list
@@ -105,6 +118,10 @@ options:
         description: What the user may change in the accounting.
         type: str
         choices: [none, operator, administrator]
+      widen:
+        description: For one that others manage. Where the user exists, only accounts are added.
+        type: bool
+        default: false
   wait_seconds:
     description: How long to wait for slurmdbd, which answers some seconds after its start.
     type: int
@@ -178,7 +195,8 @@ class Accounting:
     """What slurmdbd holds of one cluster, or what is declared for it.
 
     ``associations`` maps an account to the attributes of its association with the cluster,
-    ``memberships`` a user to the accounts in which the user has an association.
+    ``memberships`` a user to the accounts in which the user has an association, ``widened`` has the names of QoS,
+    accounts and users, by their kind, that only gain what they lack.
     Names are lower case, as Slurm keeps them, but for users: those are spelt as on the hosts.
     """
 
@@ -188,6 +206,7 @@ class Accounting:
     associations: dict[str, Attributes] = field(default_factory=dict)
     users: dict[str, Attributes] = field(default_factory=dict)
     memberships: dict[str, set[str]] = field(default_factory=dict)
+    widened: set[tuple[str, str]] = field(default_factory=set)
 
 
 def seconds(text: str) -> int:
@@ -270,6 +289,12 @@ def wanted_accounting(params: Mapping[str, Any]) -> Accounting:
     Raises ValueError when it contradicts itself.
     """
     wanted = Accounting(clusters={params["cluster"].lower()})
+    for kind in ("qos", "accounts", "users"):
+        wanted.widened |= {
+            (kind, entry["name"] if kind == "users" else entry["name"].lower())
+            for entry in params[kind]
+            if entry.get("widen")
+        }
     for entry in params["qos"]:
         wanted.qos[entry["name"].lower()] = declared(entry, QOS_COLUMNS)
     for entry in params["accounts"]:
@@ -322,12 +347,52 @@ def differing(wanted: Attributes, live: Attributes) -> Attributes:
     return {attribute: value for attribute, value in wanted.items() if live.get(attribute) != value}
 
 
+def gained(wanted: Attributes, live: Attributes) -> Attributes:
+    """Return ``live`` where only the lists have grown, by what ``wanted`` names."""
+    return {
+        attribute: live.get(attribute, frozenset()) | value
+        if isinstance(value, frozenset)
+        else live.get(attribute, value)
+        for attribute, value in wanted.items()
+    }
+
+
+def settled(wanted: Accounting, live: Accounting) -> Accounting:
+    """Return the declaration in which things that others manage are as they will be."""
+    result = copy.copy(wanted)
+    for kind, names_of in (("qos", ("qos",)), ("accounts", ("accounts", "associations")), ("users", ("users",))):
+        for name_of in names_of:
+            have = getattr(live, name_of)
+            entries = {
+                name: gained(entry, have[name]) if (kind, name) in wanted.widened and name in have else entry
+                for name, entry in getattr(wanted, name_of).items()
+            }
+            setattr(result, name_of, entries)
+    return result
+
+
+def changing(wanted: Attributes, live: Attributes, widened: bool) -> list[str]:
+    """Return the differences as words of sacctmgr; those of others' lists as what is added, not as whole lists.
+
+    An account that has no list of its own shows that of its parent, and would be cut off from it by a whole one.
+    """
+    words = []
+    for attribute, value in differing(wanted, live).items():
+        if widened and isinstance(value, frozenset):
+            added = value - live.get(attribute, frozenset())
+            words.append(f"{SETTERS[attribute]}+={','.join(sorted(added))}")
+        else:
+            words += setting({attribute: value})
+    return words
+
+
 def commands(cluster: str, wanted: Accounting, live: Accounting) -> list[list[str]]:
     """Return the sacctmgr commands that turn ``live`` into ``wanted``, in an order in which each can succeed.
 
     Raises ValueError when the declaration has no such order.
     """
     result: list[list[str]] = []
+    wanted = settled(wanted, live)
     on_cluster = f"cluster={cluster}"
     if cluster.lower() not in live.clusters:
         result.append(["add", "cluster", f"name={cluster}"])
@@ -339,8 +404,8 @@ def commands(cluster: str, wanted: Accounting, live: Accounting) -> list[list[st
             # An empty list is what a new QoS has anyway, and "flags=-1" is refused there.
             given = {attribute: value for attribute, value in entry.items() if value != frozenset()}
             result.append(["add", "qos", f"name={name}", *setting(given)])
-        elif changes := differing(entry, live.qos[name]):
-            result.append(["modify", "qos", f"name={name}", "set", *setting(changes)])
+        elif words := changing(entry, live.qos[name], ("qos", name) in wanted.widened):
+            result.append(["modify", "qos", f"name={name}", "set", *words])
 
     parents = {name: {entry.get("parent", "root")} for name, entry in wanted.associations.items()}
     for name in in_order(parents, "accounts.parent"):
@@ -349,8 +414,8 @@ def commands(cluster: str, wanted: Accounting, live: Accounting) -> list[list[st
         if name not in live.associations:
             new = {**({} if name in live.accounts else entry), **association}
             result.append(["add", "account", f"name={name}", on_cluster, *setting(new)])
-        elif changes := differing(association, live.associations[name]):
-            result.append(["modify", "account", f"name={name}", on_cluster, "set", *setting(changes)])
+        elif words := changing(association, live.associations[name], ("accounts", name) in wanted.widened):
+            result.append(["modify", "account", f"name={name}", on_cluster, "set", *words])
         if name in live.accounts and (changes := differing(entry, live.accounts[name])):
             result.append(["modify", "account", f"name={name}", "set", *setting(changes)])
 
@@ -499,6 +564,7 @@ def argument_spec() -> dict[str, Any]:
                 "preempt": texts(),
                 "preempt_mode": {"type": "str", "choices": ["cancel", "cluster", "requeue", "suspend"]},
                 "flags": texts(),
+                "widen": {"type": "bool", "default": False},
             },
         },
         "accounts": {
@@ -512,6 +578,7 @@ def argument_spec() -> dict[str, Any]:
                 "parent": {"type": "str"},
                 "qos": texts(),
                 "default_qos": {"type": "str"},
+                "widen": {"type": "bool", "default": False},
             },
         },
         "users": {
@@ -523,6 +590,7 @@ def argument_spec() -> dict[str, Any]:
                 "accounts": texts(required=True),
                 "default_account": {"type": "str"},
                 "admin_level": {"type": "str", "choices": ["none", "operator", "administrator"]},
+                "widen": {"type": "bool", "default": False},
             },
         },
         "wait_seconds": {"type": "int", "default": 60},
@@ -546,7 +614,7 @@ def main() -> None:
         result.update(
             changed=bool(todo),
             commands=[spoken(command) for command in todo],
-            diff={"before": as_text(cluster, live, wanted), "after": as_text(cluster, wanted, wanted)},
+            diff={"before": as_text(cluster, live, wanted), "after": as_text(cluster, settled(wanted, live), wanted)},
         )
         if todo and not module.check_mode:
             apply(cluster, wanted, todo)

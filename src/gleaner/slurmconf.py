@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from pathlib import PurePosixPath
 from typing import Any
 
-from gleaner import slurm
+from gleaner.site import Problem
+from gleaner.slurm import hosts
 
 # Since 23.02 the preempt_* options of other keys live in PreemptParameters, without their prefix; the old
 # spelling still counts. In 22.05 PreemptParameters is a parse error.
@@ -114,42 +116,58 @@ def losing_jobs(lines: Iterable[str]) -> list[str]:
     return [line for line in lines if line.partition("=")[0].lower() == "selecttype"]
 
 
-def partition_gap(
-    show_partition: str,
-    nodes_of: Mapping[str, Iterable[str]],
-    wanted: Iterable[Mapping[str, Any]],
-    site: Iterable[str],
-    ai_qos: str,
-) -> list[str]:
+def _entries(text: str, key: str, what: str) -> list[dict[str, str]]:
+    """The lines of a ``scontrol --oneliner show`` as their words by key, the first of each.
+
+    Raises ValueError for a line without ``key``.
+    """
+    found = []
+    for line in filter(None, map(str.strip, text.splitlines())):
+        if re.match(rf"No {what}s? in the system", line, re.IGNORECASE):
+            continue
+        fields: dict[str, str] = {}
+        for word in line.split():
+            name, _, value = word.partition("=")
+            # Later words may belong to a remark that somebody left.
+            fields.setdefault(name, "" if value in ("(null)", "N/A") else value)
+        if key not in fields:
+            raise ValueError(f"this is not the output of `scontrol --oneliner show {what}`: {line!r}")
+        found.append(fields)
+    return found
+
+
+def _partitions(show_partition: str) -> dict[str, dict[str, str]]:
+    return {entry["PartitionName"]: entry for entry in _entries(show_partition, "PartitionName", "partition")}
+
+
+def _widened(live: Mapping[str, str], option: str, wanted: Iterable[str]) -> list[str]:
+    """The option of a partition with what it lacks; empty where it admits all of that, as one that names none does."""
+    have = _options(live.get(option, "")) or ["ALL"]
+    known = [one.lower() for one in have]
+    lacking = [one for one in wanted if one.lower() not in known]
+    return [] if "all" in known or not lacking else [f"{option}={','.join([*have, *lacking])}"]
+
+
+def partition_gap(show_partition: str, wanted: Iterable[Mapping[str, Any]], site: Iterable[str]) -> list[str]:
     """The partition lines that slurm.conf lacks, as they must read; empty for none.
 
-    ``show_partition`` is the output of ``scontrol --oneliner show partition``, ``nodes_of`` the node names of each
-    partition, ``wanted`` has ``name`` and ``qos`` (a list) of each partition that is needed, ``site`` the nodes of
-    the inventory. Of a partition that exists only what must change is named: ``AllowQos`` where it admits others, and
-    ``Nodes`` where a tier's job (``ai_qos``) could start on nodes that nothing was installed on. Raises ValueError when
-    a line of ``show_partition`` is no partition.
+    ``show_partition`` is the output of ``scontrol --oneliner show partition``, ``site`` the nodes of the inventory.
+    ``wanted`` has ``name`` and ``qos`` (a list) of each partition that is needed, and may have the ``account`` and the
+    ``group`` of its jobs. A partition that exists is others', too: its lists only gain what they lack, and one that
+    admits everybody stays as it is. Raises ValueError when a line of ``show_partition`` is no partition.
     """
-    live: dict[str, dict[str, str]] = {}
-    for line in filter(None, map(str.strip, show_partition.splitlines())):
-        if line.startswith("No partitions"):
-            continue
-        fields = dict(word.partition("=")[::2] for word in line.split())
-        if "PartitionName" not in fields:
-            raise ValueError(f"this is not the output of `scontrol --oneliner show partition`: {line!r}")
-        live[fields["PartitionName"]] = fields
-    ours = list(site)
+    live = _partitions(show_partition)
     lines: list[str] = []
     for partition in wanted:
         name, qos = str(partition["name"]), [str(one) for one in partition["qos"]]
-        allowed = f"AllowQos={','.join(qos)}"
         if name not in live:
-            lines.append(f"PartitionName={name} Nodes={','.join(ours)} {allowed} MaxTime=INFINITE State=UP")
+            new = f"Nodes={','.join(site)} AllowQos={','.join(qos)} MaxTime=INFINITE State=UP"
+            lines.append(f"PartitionName={name} {new}")
             continue
-        changes = []
-        if ai_qos in qos and set(nodes_of.get(name, ())) - set(ours):
-            changes.append(f"Nodes={','.join(ours)}")
-        if set(_options(live[name].get("AllowQos", "ALL"))) != set(qos):
-            changes.append(allowed)
+        changes = _widened(live[name], "AllowQos", qos)
+        for option, key in (("AllowAccounts", "account"), ("AllowGroups", "group")):
+            if partition.get(key):
+                changes += _widened(live[name], option, [str(partition[key])])
         if changes:
             lines.append(f"PartitionName={name} {' '.join(changes)}")
     return lines
@@ -159,78 +177,257 @@ def nodes(text: str) -> list[str]:
     """The nodes that a slurm.conf defines, in its order; those of files that it includes are not seen."""
     whole = re.sub(r"\\\n", " ", text)
     names = re.findall(r"^[ \t]*NodeName[ \t]*=[ \t]*(\S+)", whole, flags=re.MULTILINE | re.IGNORECASE)
-    return [host for name in names if name.upper() != "DEFAULT" for host in slurm.hosts(name)]
+    return [host for name in names if name.upper() != "DEFAULT" for host in hosts(name)]
 
 
-def with_lines(text: str, lines: Iterable[str], live_partitions: Iterable[str] = ()) -> str:
-    """The text of a slurm.conf in which these lines hold; all others stay as they are.
+def _gpus(gres: str) -> int:
+    """GPUs in the ``Gres=`` of a node, for example 3 in ``gpu:v100s:2(S:0),gpu:1,mps:100``."""
+    found = 0
+    for one in re.sub(r"\([^)]*\)", "", gres).split(","):
+        name, *rest = one.split(":")
+        if name == "gpu":
+            found += int(rest[-1]) if rest and rest[-1].isdigit() else 1
+    return found
 
-    A line replaces those of its key; the options of a partition's line replace the same options of its partition. A
-    new key stands before the first node, a new partition at the end. Raises ValueError for a partition that Slurm
-    knows (``live_partitions``) but this file does not: it is defined in a file that this one includes.
+
+def _node_problems(
+    name: str, node: Mapping[str, str], partition: str | None, plan: Mapping[str, Any]
+) -> Iterable[Problem]:
+    """What of a plan's job this node of Slurm cannot bear; ``partition`` is None where it is not there yet."""
+    tier, slurm = plan["tier"], plan["slurm"]
+    if partition is not None and partition not in _options(node.get("Partitions", "")):
+        yield Problem(
+            "slurm_ai_partition",
+            f"{partition}, which lacks {name}",
+            f"a partition with every node that the tier {tier} may use",
+            f"add {name} to the Nodes of partition {partition}, take it out of the tier, or name another partition "
+            "(one that is not there yet is made)",
+        )
+    gpus = _gpus(node.get("Gres", ""))
+    if gpus < slurm["gpus_per_node"]:
+        yield Problem(
+            f"gpus of {name}",
+            f"{slurm['gpus_per_node']} for the tier {tier}, where Slurm knows {gpus} (Gres={node.get('Gres', '')})",
+            "GPUs that Slurm hands out",
+            f"GresTypes=gpu and Gres=gpu:{slurm['gpus_per_node']} at NodeName={name} in slurm.conf, the devices in "
+            "gres.conf, then restart slurmctld and the slurmd of that node; or correct gpus",
+        )
+    # What the system keeps for itself is not handed out; not every version tells.
+    cpus = int(node.get("CPUEfctv") or node.get("CPUTot") or 0)
+    if cpus < slurm["cpus_per_node"]:
+        yield Problem(
+            f"cpus of {name}",
+            f"{slurm['cpus_per_node']} for the tier {tier}, where Slurm hands out {cpus}",
+            f"at most {cpus}",
+            f"correct cpus, or the CPUs at NodeName={name} in slurm.conf",
+        )
+    memory = int(node.get("RealMemory") or 0) - int(node.get("MemSpecLimit") or 0)
+    if memory < slurm["mem_mib"]:
+        yield Problem(
+            f"memory_mib of {name}",
+            f"{slurm['mem_mib']} MiB for the tier {tier}, where Slurm hands out {memory}",
+            f"at most {memory} MiB",
+            f"correct RealMemory at NodeName={name} in slurm.conf (slurmd -C prints it), or memory_mib",
+        )
+
+
+def cluster_problems(
+    show_config: str,
+    show_partition: str,
+    show_node: str,
+    wanted: Mapping[str, Any],
+    plans: Iterable[Mapping[str, Any]],
+) -> list[Problem]:
+    """What contradicts the inventory in a Slurm that others manage, and is theirs to decide; empty for nothing.
+
+    The first three are the outputs of ``scontrol show config``, ``scontrol --oneliner show partition`` and
+    ``scontrol --oneliner show node``. ``wanted`` has ``cluster`` (the name), ``partitions`` (as for ``partition_gap``),
+    ``ai_qos`` and ``nodes`` (all of the inventory); ``plans`` are those of the tiers. A node that Slurm does not know
+    comes first and alone, since Slurm refuses each job that names it, if only to exclude it. Raises ValueError when a
+    text is not the output of its command.
     """
-    rows = text.splitlines()
+    problems: list[Problem] = []
+    cluster = parse_show_config(show_config).get("ClusterName", "")
+    if cluster.lower() != str(wanted["cluster"]).lower():
+        problems.append(
+            Problem(
+                "cluster_name",
+                str(wanted["cluster"]),
+                f"{cluster}, which is the ClusterName of the Slurm that is there",
+                "correct cluster_name; another one would be a second cluster in its accounting",
+            )
+        )
+    live = {entry["NodeName"]: entry for entry in _entries(show_node, "NodeName", "node")}
+    unknown = [name for name in wanted["nodes"] if name not in live]
+    if unknown:
+        problems.append(
+            Problem(
+                "groups['slurm_nodes']",
+                ", ".join(unknown),
+                f"nodes that Slurm knows ({', '.join(sorted(live)) or 'none'})",
+                "add their NodeName lines to slurm.conf and restart slurmctld, or take them out of the inventory",
+            )
+        )
+        return problems
+    partitions = _partitions(show_partition)
+    for partition in wanted["partitions"]:
+        denied = _options(partitions.get(partition["name"], {}).get("DenyQos", ""))
+        problems += [
+            Problem(
+                f"QoS of partition {partition['name']}",
+                qos,
+                f"a QoS that its DenyQos does not name ({', '.join(denied)})",
+                "take it out there, or name another partition or QoS",
+            )
+            for qos in partition["qos"]
+            if qos in denied
+        ]
+    ours = next((one["name"] for one in wanted["partitions"] if wanted["ai_qos"] in one["qos"]), None)
+    there = ours if ours in partitions else None
+    foreign = [
+        name
+        for name, node in live.items()
+        if there in _options(node.get("Partitions", "")) and name not in wanted["nodes"]
+    ]
+    for plan in plans:
+        slurm = plan["slurm"]
+        for name in slurm["nodes"]:
+            problems += _node_problems(name, live[name], there, plan)
+        # Where its job does not name all its nodes, Slurm may start it on any that it does not exclude.
+        if foreign and len(slurm["nodes"]) != slurm["node_count"]:
+            problems.append(
+                Problem(
+                    "slurm_ai_partition",
+                    f"{there}, which holds {', '.join(sorted(foreign))}",
+                    f"a partition of nodes of the inventory: the tier {plan['tier']} could start on others, where "
+                    "nothing was installed",
+                    "name another partition (one that is not there yet is made), or add these nodes to the inventory",
+                )
+            )
+    return problems
+
+
+def waiting_qos(show_qos: str, ai_qos: str, paying: Iterable[str]) -> list[str]:
+    """QoS whose jobs do not take the GPUs back and so wait for a tier, sorted.
+
+    ``show_qos`` is the output of ``sacctmgr -nP show qos format=Name,Preempt``; those of ``paying`` preempt ``ai_qos``
+    as soon as the policy holds.
+    """
+    spared = {one.lower() for one in (*paying, ai_qos)}
+    rows = (line.partition("|")[::2] for line in show_qos.splitlines() if line.strip())
+    return sorted(name for name, preempts in rows if name not in spared and ai_qos.lower() not in _options(preempts))
+
+
+_ABOVE_NODES = re.compile(r"\s*(NodeName|NodeSet|PartitionName|DownNodes|Include)\b", re.IGNORECASE)
+
+
+def included(text: str, path: str) -> list[str]:
+    """The files that a slurm.conf at ``path`` includes, as absolute paths; those of its own folder by their names."""
+    found = re.findall(r"^[ \t]*include[ \t]+(\S+)", text, re.IGNORECASE | re.MULTILINE)
+    return [str(PurePosixPath(path).parent / name) for name in found]
+
+
+def _end(rows: list[str], start: int) -> int:
+    """The row at which the line of this row ends, which goes on behind a backslash."""
+    end = start
+    while rows[end].endswith("\\") and end + 1 < len(rows):
+        end += 1
+    return end
+
+
+def _with_key(rows: list[str], line: str) -> bool:
+    """Have the line of its key read so, in place; False when there is none."""
+    mine = re.compile(rf"\s*{re.escape(line.partition('=')[0])}\s*=", re.IGNORECASE)
+    at = None
+    for number in reversed([number for number, row in enumerate(rows) if mine.match(row)]):
+        if at is not None:
+            # slurmctld takes the last of several.
+            del rows[number : _end(rows, number) + 1]
+            at -= 1
+            continue
+        remark = re.search(r"\s+#.*$", rows[_end(rows, number)])
+        rows[number : _end(rows, number) + 1] = [line + (remark.group() if remark else "")]
+        at = number
+    return at is not None
+
+
+def _with_partition(rows: list[str], name: str, options: Iterable[str]) -> bool:
+    """Have the partition's line hold these options, in place; False when there is none."""
+    mine = re.compile(rf"\s*PartitionName\s*=\s*{re.escape(name)}(\s|$)", re.IGNORECASE)
+    start = next((number for number, row in enumerate(rows) if mine.match(row)), None)
+    if start is None:
+        return False
+    end = _end(rows, start)
+    for option in options:
+        found = re.compile(rf"(?<=\s){re.escape(option.partition('=')[0])}\s*=\s*[^\s\\#]+", re.IGNORECASE)
+        for number in range(start, end + 1):
+            code, mark, remark = rows[number].partition("#")
+            if found.search(f" {code}"):
+                # Nothing in a value of slurm.conf is a group of a pattern, but it may hold backslashes.
+                escaped = option.replace("\\", r"\\")
+                rows[number] = found.sub(escaped, f" {code}")[1:] + mark + remark
+                break
+        else:
+            code, mark, remark = rows[end].partition("#")
+            rows[end] = f"{code.rstrip()} {option}{' ' if mark else ''}{mark}{remark}"
+    return True
+
+
+def with_lines(files: Mapping[str, str], lines: Iterable[str], live_partitions: Iterable[str] = ()) -> dict[str, str]:
+    """The texts of a slurm.conf and of the files that it includes, by path, in which these lines hold.
+
+    slurm.conf itself comes first; all other lines stay as they are. A line replaces those of its key, and the options
+    of a partition's line replace the same options of its partition, in the file that has it. A new key stands before
+    the first node or Include of slurm.conf, a new partition at its end. Raises ValueError for a partition that Slurm
+    knows (``live_partitions``) and no file does.
+    """
+    texts = {path: text.split("\n") for path, text in files.items()}
+    main = texts[next(iter(texts))]
+    if main[-1]:
+        main.append("")
     known = [name.lower() for name in live_partitions]
     for line in lines:
         key, _, value = line.partition("=")
         if key != "PartitionName":
-            mine = re.compile(rf"\s*{re.escape(key)}\s*=", re.IGNORECASE)
-            at = next((number for number, row in enumerate(rows) if mine.match(row)), None)
-            rows = [row for number, row in enumerate(rows) if number == at or not mine.match(row)]
-            if at is None:
-                first = re.compile(r"\s*(NodeName|NodeSet|PartitionName|DownNodes|Include)\b", re.IGNORECASE)
-                at = next((number for number, row in enumerate(rows) if first.match(row)), len(rows))
-                rows.insert(at, line)
-            rows[at] = line
+            held = [_with_key(rows, line) for rows in texts.values()]
+            if not any(held):
+                first = (number for number, row in enumerate(main) if _ABOVE_NODES.match(row))
+                main.insert(next(first, len(main) - 1), line)
             continue
         name, *options = value.split()
-        mine = re.compile(rf"\s*PartitionName\s*=\s*{re.escape(name)}(\s|$)", re.IGNORECASE)
-        start = next((number for number, row in enumerate(rows) if mine.match(row)), None)
-        if start is None:
-            if name.lower() in known:
-                raise ValueError(
-                    f"partition {name} is not defined in this file but in one that it includes; wanted there: {line}"
-                )
-            rows.append(line)
+        if any(_with_partition(rows, name, options) for rows in texts.values()):
             continue
-        end = start
-        while rows[end].endswith("\\") and end + 1 < len(rows):
-            end += 1
-        whole = " ".join(row.rstrip("\\").strip() for row in rows[start : end + 1])
-        for option in options:
-            found = re.compile(rf"(?<=\s){re.escape(option.partition('=')[0])}=\S+", re.IGNORECASE)
-            # Nothing in a value of slurm.conf is a group of a pattern, but it may hold backslashes.
-            escaped = option.replace("\\", r"\\")
-            whole = found.sub(escaped, whole) if found.search(whole) else f"{whole} {option}"
-        rows[start : end + 1] = [whole]
-    return "\n".join(rows) + "\n"
+        if name.lower() in known:
+            raise ValueError(f"partition {name} is defined in none of {', '.join(texts)}; wanted where it is: {line}")
+        main.insert(len(main) - 1, line)
+    return {path: "\n".join(rows) for path, rows in texts.items()}
 
 
 def accounting_policy(
-    ai: Mapping[str, Any], paying: Mapping[str, Any], grace_seconds: int
+    ai: Mapping[str, Any], paying: Mapping[str, Any], grace_seconds: int, managed: bool = True
 ) -> dict[str, list[dict[str, Any]]]:
     """QoS, accounts and users by which paying jobs take the GPUs back.
 
     ``ai`` has ``qos``, ``account`` and ``user``; ``paying`` has ``qos`` (a list, the first is the default of the
     account), ``account`` and ``users``. QoS priority alone preempts nothing: each paying QoS names whom it preempts,
     and is the default of its account, because Slurm looks at the job's QoS and users forget ``--qos``.
+
+    In an accounting that others manage (not ``managed``) whatever is there already only gains what it lacks, but for
+    the QoS of the tiers; that one has no priority, as theirs may have none either.
     """
+    widen = {} if managed else {"widen": True}
+    first = {"priority": 100} if managed else {}
     return {
         "qos": [
-            {
-                "name": ai["qos"],
-                "priority": 100,
-                "grace_time_seconds": grace_seconds,
-                "preempt_mode": "requeue",
-            },
-            *({"name": qos, "priority": 1000, "preempt": [ai["qos"]]} for qos in paying["qos"]),
+            {"name": ai["qos"], **first, "grace_time_seconds": grace_seconds, "preempt_mode": "requeue"},
+            *({"name": qos, "priority": 1000, "preempt": [ai["qos"]], **widen} for qos in paying["qos"]),
         ],
         "accounts": [
-            {"name": ai["account"], "qos": [ai["qos"]], "default_qos": ai["qos"]},
-            {"name": paying["account"], "qos": list(paying["qos"]), "default_qos": paying["qos"][0]},
+            {"name": ai["account"], "qos": [ai["qos"]], "default_qos": ai["qos"], **widen},
+            {"name": paying["account"], "qos": list(paying["qos"]), "default_qos": paying["qos"][0], **widen},
         ],
         "users": [
-            {"name": user, "accounts": [account], "default_account": account}
+            {"name": user, "accounts": [account], "default_account": account, **widen}
             for account, users in ((ai["account"], [ai["user"]]), (paying["account"], paying["users"]))
             for user in users
         ],

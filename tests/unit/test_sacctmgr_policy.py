@@ -148,6 +148,46 @@ def test_a_user_of_another_cluster_gets_the_default_account_with_the_first_membe
     ]
 
 
+WIDENED: dict[str, Any] = {
+    "cluster": "beefcake2",
+    "qos": [{"name": "vasp_priority", "priority": 7, "preempt": ["scavenger"], "widen": True}],
+    "accounts": [{"name": "vasp", "qos": ["normal"], "default_qos": "normal", "widen": True}],
+    "users": [{"name": "alice", "accounts": ["ai"], "default_account": "ai", "widen": True}],
+}
+
+
+def test_what_others_manage_only_gains_what_it_lacks(live: Accounting) -> None:
+    assert plan(WIDENED, live) == [
+        "modify qos name=vasp_priority set Preempt+=scavenger",
+        "modify account name=vasp cluster=beefcake2 set QOS+=normal",
+        "add user name=alice cluster=beefcake2 account=ai",
+    ]
+
+
+def test_what_others_manage_and_have_already_lacks_nothing(live: Accounting) -> None:
+    live.qos["vasp_priority"]["preempt"] |= {"scavenger"}
+    live.associations["vasp"]["qos"] |= {"normal"}
+    live.memberships["alice"].add("ai")
+    assert plan(WIDENED, live) == []
+
+
+def test_what_is_to_be_widened_and_is_not_there_is_made_whole() -> None:
+    assert plan(WIDENED, Accounting(clusters={"beefcake2"})) == [
+        "add qos name=vasp_priority Priority=7 Preempt=scavenger",
+        "add account name=vasp cluster=beefcake2 QOS=normal DefaultQOS=normal",
+        "add user name=alice cluster=beefcake2 account=ai DefaultAccount=ai",
+    ]
+
+
+def test_the_diff_of_what_others_manage_shows_it_as_it_will_be(live: Accounting) -> None:
+    wanted = wanted_accounting(WIDENED)
+    after = as_text("beefcake2", sacctmgr_policy.settled(wanted, live), wanted)
+    assert "priority: 1000" in after
+    assert "preempt: ai_opportunistic, scavenger" in after
+    assert "default_qos: vasp_priority" in after
+    assert "default_account: vasp" in after
+
+
 def test_parents_come_before_their_children() -> None:
     accounts = [{"name": "child", "parent": "top"}, {"name": "top"}]
     todo = plan(policy(accounts=accounts, qos=[], users=[]), Accounting())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -183,89 +184,220 @@ def test_anything_else_than_the_configuration_is_an_error(text: str) -> None:
 
 
 PARTITIONS = """\
-PartitionName=gpu_vasp AllowGroups=ALL AllowAccounts=ALL AllowQos=vasp_priority Default=YES Nodes=vasp-[01-03] State=UP
-PartitionName=gpu_ai AllowGroups=ALL AllowAccounts=ALL AllowQos=ai_opportunistic Default=NO Nodes=vasp-[01-03] State=UP
+PartitionName=batch AllowGroups=ALL AllowAccounts=ALL AllowQos=ALL Default=YES Nodes=vasp-[01-03] State=UP
+PartitionName=gpu AllowGroups=physics AllowAccounts=physics AllowQos=normal,debug Nodes=vasp-[01-02] State=UP
 """
-NODES = {"gpu_vasp": ["vasp-01", "vasp-02", "vasp-04"], "gpu_ai": ["vasp-01", "vasp-02"]}
-WANTED: list[dict[str, Any]] = [
-    {"name": "gpu_vasp", "qos": ["vasp_priority"], "default": True},
-    {"name": "gpu_ai", "qos": ["ai_opportunistic"]},
-]
+BATCH: dict[str, Any] = {"name": "batch", "qos": ["vasp_priority"], "account": "vasp", "default": True}
+GPU: dict[str, Any] = {"name": "gpu", "qos": ["ai_opportunistic"], "account": "ai", "group": "ai-inference"}
 SITE = ["vasp-01", "vasp-02"]
 
 
-def test_partitions_that_are_right_lack_nothing() -> None:
-    assert slurmconf.partition_gap(PARTITIONS, NODES, WANTED, SITE, "ai_opportunistic") == []
+def test_a_partition_that_is_open_to_all_stays_so() -> None:
+    assert slurmconf.partition_gap(PARTITIONS, [BATCH], SITE) == []
+
+
+def test_a_partition_of_others_gains_what_its_lists_lack() -> None:
+    assert slurmconf.partition_gap(PARTITIONS, [GPU], SITE) == [
+        "PartitionName=gpu AllowQos=normal,debug,ai_opportunistic AllowAccounts=physics,ai "
+        "AllowGroups=physics,ai-inference"
+    ]
+
+
+def test_a_partition_that_has_ours_lacks_nothing() -> None:
+    live = "PartitionName=gpu AllowQos=ai_opportunistic,normal AllowAccounts=AI,physics DenyQos=x"
+    assert slurmconf.partition_gap(live, [GPU], SITE) == []
 
 
 @pytest.mark.parametrize("live", ["", "No partitions in the system\n"])
 def test_missing_partitions_are_whole_lines(live: str) -> None:
-    assert slurmconf.partition_gap(live, {}, WANTED, SITE, "ai_opportunistic") == [
-        "PartitionName=gpu_vasp Nodes=vasp-01,vasp-02 AllowQos=vasp_priority MaxTime=INFINITE State=UP",
-        "PartitionName=gpu_ai Nodes=vasp-01,vasp-02 AllowQos=ai_opportunistic MaxTime=INFINITE State=UP",
-    ]
-
-
-def test_a_partition_that_admits_others_is_told_its_qos() -> None:
-    live = PARTITIONS.replace("AllowQos=vasp_priority", "AllowQos=ALL")
-    assert slurmconf.partition_gap(live, NODES, WANTED, SITE, "ai_opportunistic") == [
-        "PartitionName=gpu_vasp AllowQos=vasp_priority"
-    ]
-
-
-def test_our_partition_holds_no_node_that_nothing_was_installed_on() -> None:
-    nodes = NODES | {"gpu_ai": ["vasp-01", "vasp-02", "vasp-04"]}
-    assert slurmconf.partition_gap(PARTITIONS, nodes, WANTED, SITE, "ai_opportunistic") == [
-        "PartitionName=gpu_ai Nodes=vasp-01,vasp-02"
+    assert slurmconf.partition_gap(live, [BATCH, GPU], SITE) == [
+        "PartitionName=batch Nodes=vasp-01,vasp-02 AllowQos=vasp_priority MaxTime=INFINITE State=UP",
+        "PartitionName=gpu Nodes=vasp-01,vasp-02 AllowQos=ai_opportunistic MaxTime=INFINITE State=UP",
     ]
 
 
 def test_anything_else_than_partitions_is_an_error() -> None:
     with pytest.raises(ValueError, match="not the output of `scontrol --oneliner show partition`"):
-        slurmconf.partition_gap(
-            "slurm_load_partitions: Unable to contact slurm controller", {}, WANTED, SITE, "ai_opportunistic"
-        )
+        slurmconf.partition_gap("slurm_load_partitions: Unable to contact slurm controller", [GPU], SITE)
+
+
+NODE = (
+    "NodeName={name} CPUAlloc=0 CPUEfctv=40 CPUTot=40 Gres=gpu:v100s:1(S:0),mps:100 OS=Linux 6.1 RealMemory=384000 "
+    "MemSpecLimit=4000 Partitions=batch,gpu Reason=sold Gres=none [root@2026-11-29T08:00:00]\n"
+)
+ASKED: dict[str, Any] = {
+    "cluster": "test",
+    "nodes": SITE,
+    "ai_qos": "ai_opportunistic",
+    "partitions": [BATCH, GPU],
+}
+PLAN: dict[str, Any] = {
+    "tier": "fast",
+    "slurm": {"nodes": SITE, "node_count": 1, "gpus_per_node": 1, "cpus_per_node": 40, "mem_mib": 380000},
+}
+
+
+def nodes(*names: str, **changes: str) -> str:
+    text = "".join(NODE.format(name=name) for name in names or SITE)
+    for old, new in changes.items():
+        text = re.sub(rf"\b{old}=\S+", f"{old}={new}", text)
+    return text
+
+
+def problems(live: str, partitions: str = PARTITIONS, show_config: str = CONFIG, **asked: Any) -> list[str]:
+    found = slurmconf.cluster_problems(show_config, partitions, live, {**ASKED, **asked}, [PLAN])
+    return [str(problem) for problem in found]
+
+
+def test_a_cluster_that_can_bear_the_tiers_has_no_problem() -> None:
+    assert problems(nodes()) == []
+
+
+def test_a_node_that_slurm_does_not_know_is_named_alone() -> None:
+    (problem,) = problems(nodes("vasp-01", Gres="(null)"))
+    assert problem.startswith("groups['slurm_nodes'] = vasp-02; wanted nodes that Slurm knows (vasp-01); cure: add")
+    assert "(none)" in problems("No nodes in the system\n")[0]
+
+
+def test_another_name_of_the_cluster_is_a_problem() -> None:
+    (problem,) = problems(nodes(), cluster="lab")
+    assert problem.startswith("cluster_name = lab; wanted test,")
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"Gres": "(null)"}, "gpus of vasp-01 = 1 for the tier fast, where Slurm knows 0 (Gres=); wanted"),
+        ({"Gres": "mps:100"}, "gpus of vasp-01 = 1 for the tier fast, where Slurm knows 0 (Gres=mps:100); wanted"),
+        ({"CPUEfctv": "39"}, "cpus of vasp-01 = 40 for the tier fast, where Slurm hands out 39; wanted at most 39"),
+        ({"RealMemory": "1"}, "memory_mib of vasp-01 = 380000 MiB for the tier fast, where Slurm hands out -3999;"),
+        ({"Partitions": "batch"}, "slurm_ai_partition = gpu, which lacks vasp-01; wanted a partition with every node"),
+    ],
+)
+def test_a_node_that_cannot_bear_a_tier_is_named(changes: dict[str, str], expected: str) -> None:
+    first, second = problems(nodes(**changes))
+    assert first.startswith(expected)
+    assert second.startswith(expected.replace("vasp-01", "vasp-02"))
+
+
+@pytest.mark.parametrize("gres", ["gpu", "gpu:1", "gpu:v100s:2(S:0-1)", "mps:1,gpu:a:1(S:0,1),gpu:b:1"])
+def test_gpus_are_counted_in_every_notation(gres: str) -> None:
+    assert problems(nodes(Gres=gres)) == []
+
+
+def test_our_partition_holds_no_node_that_nothing_was_installed_on() -> None:
+    (problem,) = problems(nodes(*SITE, "old-01"))
+    assert problem.startswith(
+        "slurm_ai_partition = gpu, which holds old-01; wanted a partition of nodes of the inventory"
+    )
+    pinned = {**PLAN, "slurm": {**PLAN["slurm"], "node_count": 2}}
+    assert slurmconf.cluster_problems(CONFIG, PARTITIONS, nodes(*SITE, "old-01"), ASKED, [pinned]) == []
+
+
+def test_a_partition_that_is_not_there_yet_holds_nothing_wrong() -> None:
+    assert problems(nodes(*SITE, "old-01"), partitions="") == []
+
+
+def test_a_qos_that_a_partition_denies_is_named() -> None:
+    (problem,) = problems(nodes(), PARTITIONS.replace("AllowQos=normal,debug", "DenyQos=ai_opportunistic"))
+    assert problem.startswith("QoS of partition gpu = ai_opportunistic; wanted a QoS that its DenyQos does not name")
+
+
+def test_qos_whose_jobs_wait_are_named() -> None:
+    shown = "normal|\nvasp_priority|\ndebug|scavenger,ai_opportunistic\nai_opportunistic|\nscavenger|\n"
+    assert slurmconf.waiting_qos(shown, "ai_opportunistic", ["vasp_priority"]) == ["normal", "scavenger"]
 
 
 FILE = """\
 # the site's own
-preemptmode = off
-GresTypes=gpu
+preemptmode = off   # as agreed
+GresTypes=mps,\\
+gpu
+PreemptMode=suspend
 NodeName=vasp-[01-03] CPUs=40
-PartitionName=debug Nodes=ALL
+Include gpu.conf
+PartitionName=debug Nodes=ALL # allowqos=none
 PartitionName=gpu_vasp Nodes=ALL \\
-   allowqos=normal,vasp_priority MaxTime=7-0
+   allowqos=normal,vasp_priority \\
+   MaxTime=7-0  # a week
 """
+INCLUDED = "PartitionName=gpu Nodes=vasp-01 AllowAccounts=physics\nPrologFlags=x11\n"
+PATH, OTHER = "/etc/slurm/slurm.conf", "/etc/slurm/gpu.conf"
+
+
+def written(*lines: str, known: tuple[str, ...] = ()) -> str:
+    return slurmconf.with_lines({PATH: FILE}, lines, known)[PATH]
 
 
 def test_lines_replace_their_key_and_new_ones_stand_before_the_nodes() -> None:
-    text = slurmconf.with_lines(FILE, ["PreemptMode=REQUEUE", "PreemptType=preempt/qos"])
-    assert text.splitlines()[:5] == [
+    assert written("PreemptMode=REQUEUE", "PreemptType=preempt/qos").splitlines()[:6] == [
         "# the site's own",
+        "GresTypes=mps,\\",
+        "gpu",
         "PreemptMode=REQUEUE",
-        "GresTypes=gpu",
         "PreemptType=preempt/qos",
         "NodeName=vasp-[01-03] CPUs=40",
     ]
 
 
-def test_a_partition_keeps_its_other_options() -> None:
-    text = slurmconf.with_lines(FILE, ["PartitionName=gpu_vasp AllowQos=vasp_priority State=UP"], ["gpu_vasp", "debug"])
-    assert text.splitlines()[-1] == ("PartitionName=gpu_vasp Nodes=ALL AllowQos=vasp_priority MaxTime=7-0 State=UP")
-    assert "PartitionName=debug Nodes=ALL" in text
+def test_a_line_that_goes_on_is_replaced_whole() -> None:
+    assert written("GresTypes=gpu") == FILE.replace("GresTypes=mps,\\\ngpu", "GresTypes=gpu")
+
+
+def test_a_remark_behind_a_line_stays() -> None:
+    once = slurmconf.with_lines({PATH: "preemptmode = off   # as agreed\n"}, ["PreemptMode=REQUEUE"])
+    assert once == {PATH: "PreemptMode=REQUEUE   # as agreed\n"}
+
+
+def test_a_partition_keeps_its_other_options_and_its_shape() -> None:
+    text = written("PartitionName=gpu_vasp AllowQos=vasp_priority State=UP", known=("gpu_vasp", "debug"))
+    assert text == FILE.replace("allowqos=normal,vasp_priority", "AllowQos=vasp_priority").replace(
+        "MaxTime=7-0  # a week", "MaxTime=7-0 State=UP # a week"
+    )
+
+
+def test_an_option_in_a_remark_is_none() -> None:
+    text = written("PartitionName=debug AllowQos=normal")
+    assert "\nPartitionName=debug Nodes=ALL AllowQos=normal # allowqos=none\n" in text
 
 
 def test_a_new_partition_is_added_at_the_end() -> None:
     line = "PartitionName=gpu_ai Nodes=vasp-01 AllowQos=ai_opportunistic"
-    assert slurmconf.with_lines(FILE, [line], ["gpu_vasp", "debug"]).splitlines()[-1] == line
+    assert written(line, known=("gpu_vasp", "debug")) == f"{FILE}{line}\n"
 
 
-def test_a_partition_of_an_included_file_is_not_defined_twice() -> None:
-    with pytest.raises(ValueError, match="partition gpu_ai is not defined in this file"):
-        slurmconf.with_lines(FILE, ["PartitionName=gpu_ai AllowQos=ai_opportunistic"], ["gpu_ai"])
+def test_what_an_included_file_has_is_changed_there() -> None:
+    lines = ["PartitionName=gpu AllowAccounts=physics,ai", "PrologFlags=alloc"]
+    assert slurmconf.with_lines({PATH: FILE, OTHER: INCLUDED}, lines, ["gpu"]) == {
+        PATH: FILE,
+        OTHER: "PartitionName=gpu Nodes=vasp-01 AllowAccounts=physics,ai\nPrologFlags=alloc\n",
+    }
+
+
+def test_a_partition_that_no_file_has_is_not_defined_twice() -> None:
+    with pytest.raises(ValueError, match=r"partition gpu_ai is defined in none of /etc/slurm/slurm\.conf; wanted"):
+        written("PartitionName=gpu_ai AllowQos=ai_opportunistic", known=("gpu_ai",))
 
 
 def test_lines_that_hold_change_nothing() -> None:
     lines = ["PreemptMode=REQUEUE", "PartitionName=gpu_vasp AllowQos=vasp_priority", "JobRequeue=1"]
-    once = slurmconf.with_lines(FILE, lines)
-    assert slurmconf.with_lines(once, lines) == once
+    once = written(*lines)
+    assert slurmconf.with_lines({PATH: once}, lines) == {PATH: once}
+
+
+def test_included_files_are_found_beside_it_or_by_their_paths() -> None:
+    text = "Include gpu.conf\n  include /srv/site.conf # ours\n#Include no.conf\nIncludeX=1\n"
+    assert slurmconf.included(text, PATH) == [OTHER, "/srv/site.conf"]
+
+
+AI = {"qos": "ai_opportunistic", "account": "ai", "user": "ai-inference"}
+PAYING = {"qos": ["vasp_priority"], "account": "vasp", "users": ["alice"]}
+
+
+def test_what_others_have_is_only_widened_but_for_the_qos_of_the_tiers() -> None:
+    ours = slurmconf.accounting_policy(AI, PAYING, 30)
+    assert not any(entry.get("widen") for entries in ours.values() for entry in entries)
+    theirs = slurmconf.accounting_policy(AI, PAYING, 30, managed=False)
+    assert [entry["name"] for entries in theirs.values() for entry in entries if not entry.get("widen")] == [AI["qos"]]
+    # Theirs may have none either, and a paying job is never to come second.
+    assert "priority" not in theirs["qos"][0]

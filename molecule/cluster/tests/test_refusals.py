@@ -52,7 +52,7 @@ def grace() -> str:
 
 
 def test_a_cluster_managed_elsewhere_is_told_what_it_lacks_and_changed_only_when_asked() -> None:
-    with foreign_cluster("s/^Preempt/#&/; s/AllowQos=vasp_priority/AllowQos=ALL/"):
+    with foreign_cluster("s/^Preempt/#&/; s/AllowQos=vasp_priority/AllowQos=normal/"):
         run(CONTROLLER, f"{QOS}=31")
         assert preempt_mode() == "OFF"
 
@@ -65,7 +65,7 @@ def test_a_cluster_managed_elsewhere_is_told_what_it_lacks_and_changed_only_when
             "PreemptType=preempt/qos",
             PREEMPTION,
             "PreemptParameters=send_user_signal",
-            "PartitionName=gpu_vasp AllowQos=vasp_priority",
+            "PartitionName=gpu_vasp AllowQos=normal,vasp_priority",
             "PartitionName=gpu_idle Nodes=vasp-01,vasp-02,vasp-03 AllowQos=ai_opportunistic MaxTime=INFINITE State=UP",
             f"{QOS}=30",
         ):
@@ -78,7 +78,7 @@ def test_a_cluster_managed_elsewhere_is_told_what_it_lacks_and_changed_only_when
         applied = policy(APPLY)
         assert applied.code == 0, applied.output
         assert (preempt_mode(), grace()) == ("REQUEUE", "00:00:30")
-        assert "AllowQos=vasp_priority" in run(CONTROLLER, "scontrol show partition gpu_vasp")
+        assert "AllowQos=normal,vasp_priority" in run(CONTROLLER, "scontrol show partition gpu_vasp")
         cluster.wait_until(
             "nodes have it, too", lambda: PREEMPTION in run("vasp-01", "cat /run/slurm/conf/slurm.conf").splitlines()
         )

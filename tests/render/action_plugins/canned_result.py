@@ -39,7 +39,10 @@ ANSWERS: dict[str, dict[str, Any]] = {
     "__slurm_controller_package": {"stdout": "  Candidate: 24.11.5-4"},
     "__slurm_preemption_accounting": {"commands": []},
     "__slurm_preemption_file": {"content": base64.b64encode(SLURM_CONF.encode()).decode()},
-    "__slurm_preemption_stat": {"stat": {"uid": 0, "gid": 0, "mode": "0644"}},
+    "__slurm_preemption_files": {"content": base64.b64encode(SLURM_CONF.encode()).decode()},
+    "__slurm_preemption_stats": {"stat": {"uid": 0, "gid": 0, "mode": "0644"}},
+    "__slurm_preemption_there": {"stat": {"exists": True}},
+    "__cluster_base_known": {"ansible_facts": {"getent_passwd": {"ai-inference": None}}},
     "__tailscale_serve_facts": {"ansible_facts": {"ansible_distribution_release": "trixie"}},
     "__tailscale_serve_there": {"stat": {"exists": True}},
     "__tailscale_serve_status": {"stdout": TAILSCALE},
@@ -49,7 +52,11 @@ ANSWERS: dict[str, dict[str, Any]] = {
     "__tailscale_serve_hosted": {"files": []},
 }
 # By the last word of the question, where one task asks several.
-LIVE = {"config": CONFIG, "partition": "PartitionName=gpu_vasp AllowQos=ALL\n", "%N": "gpu_vasp vasp-01\n"}
+LIVE = {
+    "config": CONFIG,
+    "partition": "PartitionName=gpu_vasp AllowQos=ALL\n",
+    "node": "".join(f"NodeName=vasp-0{n} CPUTot=40 Gres=gpu:v100s:1 RealMemory=384000\n" for n in (1, 2, 3)),
+}
 
 
 class ActionModule(ActionBase):  # type: ignore[misc]  # ansible-core ships no types
