@@ -4,9 +4,10 @@
 from __future__ import annotations
 
 import re
+import socket
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 from ansible.module_utils.basic import AnsibleModule
 
@@ -24,8 +25,10 @@ options:
         Slurm itself has found about the node is replaced by O(reason).
       - V(resumed) ends a drain that has O(reason), and what Slurm itself says of a machine that was away or was
         rebooted. A node that is drained for another reason is left so, which the result and a warning say.
+      - V(joined) changes nothing. It waits until the node's slurmd has told Slurm what the node has, and fails where
+        Slurm does not find there what it was told of the node.
     type: str
-    choices: [drained, resumed]
+    choices: [drained, joined, resumed]
     required: true
   reason:
     description: Why it is drained. Without one, V(resumed) ends every drain.
@@ -33,7 +36,7 @@ options:
   wait_seconds:
     description:
       - With V(drained), how long jobs that run on the node are waited for; with 0 they are only named in the result.
-      - With V(resumed), how long it may take until Slurm starts jobs there.
+      - With V(joined) and V(resumed), how long it may take until slurmd answers, or Slurm starts jobs there.
     type: int
     default: 0
   missing_ok:
@@ -59,7 +62,8 @@ before: {description: 'The node in the words of Slurm, with the reason.', type: 
 after: {description: The same afterwards. In check mode what it would be., type: str, returned: always}
 known: {description: Whether Slurm knows the node., type: bool, returned: always}
 up: {description: Whether Slurm starts jobs on the node now., type: bool, returned: always}
-answers: {description: Whether the node's slurmd answers., type: bool, returned: always}
+answers: {description: 'Whether the node''s slurmd answers, as far as Slurm knows.', type: bool, returned: always}
+listens: {description: Whether something listens on slurmd's port of the node now., type: bool, returned: always}
 kept: {description: 'A drain that was left, since it has another reason, or empty.', type: str, returned: always}
 jobs:
   description: 'Jobs that Slurm has on the node: C(id), C(user), C(state), C(name).'
@@ -71,6 +75,7 @@ jobs:
 POLL_SECONDS = 1.0
 # Slurm's commands try a controller that does not answer again and again.
 COMMAND_SECONDS = 30
+CONNECT_SECONDS = 3.0
 # What slurmctld says of a machine that is another one now. Whatever else it finds is still so after a resume.
 _OF_THE_OLD_MACHINE = re.compile(r"Not responding|Node unexpectedly rebooted", re.IGNORECASE)
 _UP_STATES = {"IDLE", "MIXED", "ALLOCATED"}
@@ -92,6 +97,9 @@ class Node:
     reason: str = ""
     by: str = ""
     """Who set the reason."""
+    address: str = ""
+    port: int = 0
+    """Of its slurmd; 0 is that of the whole cluster."""
 
     @property
     def answers(self) -> bool:
@@ -140,7 +148,15 @@ def parse_node(text: str) -> Node:
     state, *flags = fields["State"].split("+")
     said = re.fullmatch(r"(.*?)\s*\[([^@\]]*)@[^\]]*\]", fields.get("Reason", ""), re.DOTALL)
     reason, by = said.groups() if said else (fields.get("Reason", ""), "")
-    return Node(fields["NodeName"], state, frozenset(flags), "" if reason == "(null)" else reason, by)
+    return Node(
+        name=fields["NodeName"],
+        state=state,
+        flags=frozenset(flags),
+        reason="" if reason == "(null)" else reason,
+        by=by,
+        address=fields.get("NodeAddr", fields["NodeName"]),
+        port=int(fields.get("Port", "0")),
+    )
 
 
 def parse_jobs(text: str) -> list[Job]:
@@ -198,12 +214,26 @@ class Slurm:
             raise NodeError(f"name: got {name!r}, want a node that Slurm knows: {known}")
         return nodes[name]
 
+    def setting(self, name: str) -> str:
+        """A value of `scontrol show config`, up to its first space or bracket."""
+        said = re.search(rf"^{name}\s*=\s*([^\s(]+)", self.ask("scontrol", "show", "config"), re.MULTILINE)
+        if said is None:
+            raise NodeError(f"scontrol show config: tells no {name}")
+        return said.group(1)
+
     def user(self) -> str:
         """Whom slurmctld runs as."""
-        said = re.search(r"^SlurmUser\s*=\s*([^\s(]+)", self.ask("scontrol", "show", "config"), re.MULTILINE)
-        if said is None:
-            raise NodeError("scontrol show config: tells no SlurmUser")
-        return said.group(1)
+        return self.setting("SlurmUser")
+
+    def listens(self, node: Node) -> bool:
+        """Asked of the node itself: Slurm may go on for minutes to believe in one that has lost its power."""
+        # Of a range of ports the first is slurmd's own.
+        port = node.port or int(self.setting("SlurmdPort").partition("-")[0])
+        try:
+            with socket.create_connection((node.address, port), CONNECT_SECONDS):
+                return True
+        except OSError:
+            return False
 
     def jobs(self, name: str) -> list[Job]:
         form = "JobID:32|,UserName:64|,State:24|,Name:64"
@@ -244,7 +274,7 @@ def drain(slurm: Slurm, node: Node, reason: str, seconds: int, dry: bool) -> Don
     changed = drain_needed(node, reason, slurm.user())
     after = node
     if changed and dry:
-        after = Node(node.name, node.state, node.flags | {"DRAIN"}, reason)
+        after = replace(node, flags=node.flags | {"DRAIN"}, reason=reason)
     elif changed:
         slurm.update(node.name, "DRAIN", reason)
         after = slurm.node(node.name)
@@ -264,7 +294,7 @@ def resume(slurm: Slurm, node: Node, reason: str, seconds: int, dry: bool) -> Do
     changed = (node.drained or node.down) and not kept
     after = node
     if changed and dry:
-        after = Node(node.name, "IDLE" if node.down else node.state, node.flags - {"DRAIN"})
+        after = replace(node, state="IDLE" if node.down else node.state, flags=node.flags - {"DRAIN"}, reason="")
     elif changed:
         slurm.update(node.name, "RESUME")
         after = slurm.node(node.name)
@@ -278,11 +308,29 @@ def resume(slurm: Slurm, node: Node, reason: str, seconds: int, dry: bool) -> Do
     return Done(changed, after, slurm.jobs(node.name), kept)
 
 
+def join(slurm: Slurm, node: Node, reason: str, seconds: int, dry: bool) -> Done:
+    deadline = time.monotonic() + (0 if dry else seconds)
+    while not (node.answers and slurm.listens(node)) and time.monotonic() < deadline:
+        time.sleep(POLL_SECONDS)
+        node = slurm.node(node.name)
+    if not dry and not node.answers:
+        raise NodeError(
+            f"{node.name}: its slurmd has not answered within {seconds} s: {node.told}; see journalctl -u slurmd there"
+        )
+    wrong = by_slurm_itself(node, slurm.user()) and not _OF_THE_OLD_MACHINE.match(node.reason)
+    if not dry and (wrong or "INVALID_REG" in node.flags):
+        raise NodeError(
+            f"{node.name}: Slurm does not find there what it was told of the node: {node.told}; compare slurmd -C on "
+            f"{node.name} with hostvars[{node.name}].cpus, .memory_mib and .gpus of the inventory"
+        )
+    return Done(False, node, slurm.jobs(node.name), "")
+
+
 def main() -> None:
     module = AnsibleModule(
         argument_spec={
             "name": {"type": "str", "required": True},
-            "state": {"type": "str", "required": True, "choices": ["drained", "resumed"]},
+            "state": {"type": "str", "required": True, "choices": ["drained", "joined", "resumed"]},
             "reason": {"type": "str"},
             "wait_seconds": {"type": "int", "default": 0},
             "missing_ok": {"type": "bool", "default": False},
@@ -301,10 +349,20 @@ def main() -> None:
         if module.params["missing_ok"] and name not in slurm.nodes():
             unknown = "unknown to Slurm"
             module.exit_json(
-                changed=False, known=False, up=False, answers=False, before=unknown, after=unknown, kept="", jobs=[]
+                changed=False,
+                known=False,
+                up=False,
+                answers=False,
+                listens=False,
+                before=unknown,
+                after=unknown,
+                kept="",
+                jobs=[],
             )
         node = slurm.node(name)
-        done = (drain if state == "drained" else resume)(slurm, node, reason or "", seconds, module.check_mode)
+        do = {"drained": drain, "joined": join, "resumed": resume}[state]
+        done = do(slurm, node, reason or "", seconds, module.check_mode)
+        listens = slurm.listens(done.after)
     except NodeError as error:
         module.fail_json(msg=str(error))
     if state == "resumed" and done.kept:
@@ -318,6 +376,7 @@ def main() -> None:
         known=True,
         up=done.after.up,
         answers=done.after.answers,
+        listens=listens,
         kept=done.kept,
         jobs=[asdict(job) for job in done.jobs],
         diff={"before": f"{name}: {before}\n", "after": f"{name}: {after}\n"} if done.changed else {},

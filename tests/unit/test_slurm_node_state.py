@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -18,11 +19,11 @@ REPLACED = "gleaner: replaced"
 
 # What scontrol 24.11.5 prints for each node, shortened.
 SHOWN = (
-    "NodeName=vasp-01 Arch=x86_64 CoresPerSocket=40  CPUAlloc=8 CPUEfctv=40 CPUTot=40 State=MIXED ThreadsPerCore=1 "
+    "NodeName=vasp-01 NodeAddr=127.0.0.1 CoresPerSocket=40  CPUAlloc=8 CPUTot=40 State=MIXED ThreadsPerCore=1 "
     "TmpDisk=0 Partitions=gpu_vasp,gpu_ai  BootTime=2026-11-29T08:00:00 \n"
-    "NodeName=vasp-02 Arch=x86_64 CPUTot=40 State=IDLE+DRAIN Partitions=gpu_vasp,gpu_ai "
+    "NodeName=vasp-02 NodeAddr=127.0.0.1 Arch=x86_64 CPUTot=40 State=IDLE+DRAIN Partitions=gpu_vasp,gpu_ai "
     "Reason=gleaner: replaced [root@2026-11-29T08:10:00] \n"
-    "NodeName=vasp-03 Arch=x86_64 CPUTot=40 State=DOWN+DRAIN+NOT_RESPONDING "
+    "NodeName=vasp-03 NodeAddr=127.0.0.1 Arch=x86_64 CPUTot=40 State=DOWN+DRAIN+NOT_RESPONDING "
     "Reason=fan 3 = loud [root@2026-11-29T08:10:00] \n"
 )
 
@@ -33,7 +34,9 @@ echo "$(basename "$0") $*" >>calls
 if [ -e fails ]; then cat fails >&2; exit 1; fi
 case "$(basename "$0") $1 $2" in
 "scontrol show node") cat nodes ;;
-"scontrol show config") echo "SlurmUser               = slurm(64030)" ;;
+"scontrol show config")
+    echo "SlurmUser               = slurm(64030)"
+    echo "SlurmdPort              = $SLURMD_PORT" ;;
 "scontrol update "*)
     node=${2#NodeName=}
     case "$3" in
@@ -54,6 +57,7 @@ def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "nodes").write_text(SHOWN)
     (tmp_path / "jobs").write_text("")
     monkeypatch.setenv("FAKE", str(tmp_path))
+    monkeypatch.setenv("SLURMD_PORT", "1")
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     return tmp_path
 
@@ -210,3 +214,31 @@ def test_a_slurm_that_does_not_answer_is_told(slurm: Path) -> None:
 def test_a_drain_wants_a_reason(slurm: Path) -> None:
     assert "reason" in module(name="vasp-01", state="drained")["msg"]
     assert not (slurm / "calls").exists()
+
+
+def test_a_node_that_has_joined_is_told_by_its_own_port(slurm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as slurmd:
+        monkeypatch.setenv("SLURMD_PORT", f"{slurmd.getsockname()[1]}-7000")
+        done = module(name="vasp-02", state="joined", reason=REPLACED, wait_seconds=5)
+    assert (done["changed"], done["listens"], done["answers"], done["up"]) == (False, True, True, False)
+    assert updates(slurm) == []
+
+
+def test_a_node_that_does_not_answer_has_not_joined(slurm: Path) -> None:
+    done = module(name="vasp-03", state="joined", reason=REPLACED, wait_seconds=1)
+    assert "vasp-03: its slurmd has not answered within 1 s: DOWN+DRAIN+NOT_RESPONDING (fan 3 = loud)" in done["msg"]
+    assert not module(check=True, name="vasp-03", state="joined", reason=REPLACED, wait_seconds=1)["listens"]
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        "IDLE+DRAIN+INVALID_REG Reason=gleaner: replaced [root@2026-11-29T08:10:00]",
+        "IDLE+DRAIN Reason=gres/gpu count reported lower than configured (0 < 1) [slurm@2026-11-29T08:10:00]",
+    ],
+)
+def test_a_node_with_less_than_declared_has_not_joined(slurm: Path, state: str) -> None:
+    (slurm / "nodes").write_text(f"NodeName=vasp-02 NodeAddr=127.0.0.1 State={state}\n")
+    done = module(name="vasp-02", state="joined", reason=REPLACED, wait_seconds=1)
+    assert "Slurm does not find there what it was told of the node" in done["msg"]
+    assert "hostvars[vasp-02].cpus, .memory_mib and .gpus" in done["msg"]
