@@ -11,6 +11,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
 from gleaner import cuda, digest, guide, plan, site, sizing, slurmconf, tailnet
+from gleaner import plan_changes as changes_of_plans
 
 _NODE_VARIABLES = ("cluster_address", "rpc_address", "cpus", "memory_mib", "gpus", "sockets", "threads_per_core")
 
@@ -82,6 +83,10 @@ def site_plans(value: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def plan_table(value: Iterable[Mapping[str, Any]]) -> str:
     return plan.table(_plain(list(value)))
+
+
+def plan_changes(value: Iterable[Mapping[str, Any]], after: Iterable[Mapping[str, Any]]) -> list[str]:
+    return changes_of_plans.changes(_plain(list(value)), _plain(list(after)))
 
 
 def node_models(value: Mapping[str, Any], node: str) -> list[dict[str, Any]]:
@@ -181,6 +186,7 @@ class FilterModule:
             "guide_facts": guide_facts,
             "memory_plan": memory_plan,
             "node_models": node_models,
+            "plan_changes": plan_changes,
             "plan_table": plan_table,
             "site_examined": site_examined,
             "site_nodes": site_nodes,

@@ -66,7 +66,7 @@ answers: {description: 'Whether the node''s slurmd answers, as far as Slurm know
 listens: {description: Whether something listens on slurmd's port of the node now., type: bool, returned: always}
 kept: {description: 'A drain that was left, since it has another reason, or empty.', type: str, returned: always}
 jobs:
-  description: 'Jobs that Slurm has on the node: C(id), C(user), C(state), C(name).'
+  description: 'Jobs that Slurm has on the node: C(id), C(user), C(state), C(name), and all of it in C(words).'
   type: list
   elements: dict
   returned: always
@@ -378,7 +378,7 @@ def main() -> None:
         answers=done.after.answers,
         listens=listens,
         kept=done.kept,
-        jobs=[asdict(job) for job in done.jobs],
+        jobs=[{**asdict(job), "words": str(job)} for job in done.jobs],
         diff={"before": f"{name}: {before}\n", "after": f"{name}: {after}\n"} if done.changed else {},
     )
 

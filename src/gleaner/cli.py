@@ -21,6 +21,7 @@ COMMANDS = {
     "log": ("gleaner.story", "a tier's story across all hosts"),
     "tier": ("gleaner.handle", "hold, start or restart a tier"),
     "smoke": ("gleaner.smoke", "ask tiers for a completion with a certain build"),
+    "trial": ("gleaner.trial", "whether a node that comes back computes, and a tier answers over it"),
     "report": ("gleaner.report", "what the tiers gleaned, and what that cost others"),
     "states": ("gleaner.states", "print the tables of docs/states.md"),
 }

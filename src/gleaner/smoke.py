@@ -69,12 +69,13 @@ class Verdict:
     unseen: tuple[str, ...] = ()
 
 
-def completion(host: str, port: int, model: str) -> None:
-    """Ask for a few tokens; Wrong when they do not come."""
+def completion(host: str, port: int, model: str, key: str = "") -> None:
+    """Ask for a few tokens; Wrong when they do not come. The gateway itself knows the key of llama-server."""
     body = json.dumps({"model": model, "prompt": "Once upon a time", "max_tokens": TOKENS, "temperature": 0})
     connection = http.client.HTTPConnection(host, port, timeout=ANSWER_SECONDS)
+    headers = {"Content-Type": "application/json", **({"Authorization": f"Bearer {key}"} if key else {})}
     try:
-        connection.request("POST", "/v1/completions", body, {"Content-Type": "application/json"})
+        connection.request("POST", "/v1/completions", body, headers)
         response = connection.getresponse()
         text = response.read()
     except (OSError, http.client.HTTPException) as error:

@@ -142,7 +142,8 @@ def test_a_drain_names_the_jobs_that_run_on(slurm: Path) -> None:
     done = module(name="vasp-01", state="drained", reason=REPLACED)
     assert done["changed"]
     assert (done["before"], done["after"]) == ("MIXED", "IDLE+DRAIN (gleaner: replaced)")
-    assert done["jobs"] == [{"id": "812", "user": "alice", "state": "RUNNING", "name": "relax"}]
+    (job,) = done["jobs"]
+    assert (job["user"], job["words"]) == ("alice", "job 812 of alice (relax, running)")
     assert updates(slurm) == ["scontrol update NodeName=vasp-01 State=DRAIN Reason=gleaner: replaced"]
 
 
