@@ -29,11 +29,19 @@ def _plain(value: Any) -> Any:
 
 
 def site_nodes(names: Iterable[str], hostvars: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """The declared nodes of a site; a variable that a host lacks is left out, for site_problems to name."""
+    """The declared nodes of a site; a variable that a host lacks is left out, for site_problems to name.
+
+    A node that playbooks/remove_node.yml is taking away is none any more.
+    """
     return {
         str(name): {key: _plain(hostvars[name][key]) for key in _NODE_VARIABLES if key in hostvars[name]}
         for name in names
+        if not ("node_is_removed" in hostvars[name] and _plain(hostvars[name]["node_is_removed"]))
     }
+
+
+def tiers_of_node(value: Iterable[Mapping[str, Any]], node: str) -> list[str]:
+    return site.places_of_node(_plain(list(value)), str(node))
 
 
 def _problem(problem: site.Problem) -> dict[str, str]:
@@ -210,4 +218,5 @@ class FilterModule:
             "tensor_split": tensor_split,
             "tier_digest": tier_digest,
             "tier_plan": tier_plan,
+            "tiers_of_node": tiers_of_node,
         }

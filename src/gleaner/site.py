@@ -1292,3 +1292,15 @@ def node_models(site: Mapping[str, Any], headers: Headers, node: str) -> list[di
         for model in whole.models.values()
         if model.name in wanted
     ]
+
+
+def places_of_node(tiers: Iterable[Mapping[str, Any]], node: str) -> list[str]:
+    """Where tiers name a node, in the words of the inventory."""
+    found = []
+    for tier in tiers:
+        for key in ("nodes", "head", "workers"):
+            value = tier.get(key)
+            named = value if isinstance(value, (list, tuple)) else [value]
+            if node in named:
+                found.append(f"tiers[{tier['name']}].{key} = {', '.join(map(str, named))}")
+    return found
