@@ -33,6 +33,8 @@ HEALTH_SECONDS = 2.0
 END_SECONDS = 10.0
 LIST_SECONDS = 120.0
 LOG_LINES = 15
+# From the resumption of the node to the start of a tier's job there, also when the keeper pauses after a lost one.
+PATIENCE_SECONDS = 120.0
 CONTEXT_TOKENS = 256
 
 EXIT_REFUSED = 2
@@ -272,6 +274,9 @@ class Seen:
     failure: str | None
     """How a job of it had failed when we began to look."""
     told: str = ""
+    here: bool = False
+    """Its last job ran on the node."""
+    at_work: bool = False
     failures: list[str] = field(default_factory=list)
 
 
@@ -279,12 +284,15 @@ def look(seen: Seen, line: dict[str, Any], port: int, node: str, host: str) -> b
     """Whether the tier answers over the node now; what it does is told in `seen`."""
     if line["failure"] and line["failure"] != seen.failure:
         seen.failure = str(line["failure"])
-        seen.failures.append(seen.failure)
+        # One that ran elsewhere says nothing of this node.
+        seen.failures += [seen.failure] if seen.here else []
     more = line["reason"] or line["why"]
     told = f"{line['state']}{f' ({more})' if more else ''}"
     where = slurm.hosts(line["node"] or "")
     if where:
         told += f" on {line['node']}"
+        seen.here = node in where
+    seen.at_work = (bool(where) and seen.here) or bool(seen.failures)
     answers = False
     if line["state"] == Tier.SERVING.value and node in where:
         try:
@@ -297,9 +305,13 @@ def look(seen: Seen, line: dict[str, Any], port: int, node: str, host: str) -> b
 
 
 def watch_tiers(config: upstream.Config, state: Path, node: str, host: str, tiers: list[str], seconds: float) -> int:
-    """Follow the tiers until one answers over the node, one has failed twice, or the time is over."""
+    """Follow the tiers until one answers over the node, one has failed twice, or the time is over.
+
+    It is over sooner when none is at work there: GPUs that others have may be theirs for days.
+    """
     ports = {tier.tier: tier.gateway_port for tier in config.tiers}
     deadline = time.monotonic() + seconds
+    patience = time.monotonic() + min(seconds, PATIENCE_SECONDS)
     seen: dict[str, Seen] = {}
     while True:
         lines = {line["tier"]: line for line in status.look(config, keeper.load_state(state))}
@@ -314,7 +326,11 @@ def watch_tiers(config: upstream.Config, state: Path, node: str, host: str, tier
             if len(one.failures) >= smoke.FAILED_JOBS:
                 print(f"error: {name} failed with the node: {'; '.join(one.failures)}", file=sys.stderr)
                 return EXIT_FAILED
-        if time.monotonic() >= deadline:
+        now = time.monotonic()
+        if any(one.at_work for one in seen.values()):
+            patience = now + min(seconds, PATIENCE_SECONDS)
+        held = all(one.told.startswith(Tier.HELD.value) for one in seen.values())
+        if now >= min(deadline, patience) or held:
             break
         time.sleep(LOOK_SECONDS)
     for name, one in seen.items():

@@ -53,13 +53,16 @@ sacct) cat "$FAKE_SLURM/accounting" ;;
 esac
 """
 
-# Enough of a router: /health, /v1/models, /slots, its key, children, and ways to misbehave.
+# Enough of a router: /health, /v1/models, /slots, completions, its key, children, and ways to misbehave.
 SERVER = """#!/usr/bin/python3
 import http.server, json, os, signal, subprocess, sys, threading, time
 control = os.environ["FAKE_SERVER"]
 def has(name):
     return os.path.exists(os.path.join(control, name))
 arguments = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+if "--list-devices" in sys.argv:
+    print(open(os.path.join(control, "devices")).read())
+    sys.exit(0)
 with open(os.path.join(control, "started"), "a") as stream:
     stream.write(json.dumps({"pid": os.getpid(), "argv": sys.argv, "environment": dict(os.environ)}) + "\\n")
 if has("dies"):
@@ -93,6 +96,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.send_header("Transfer-Encoding", "chunked")
         self.end_headers()
         self.wfile.write(b"%x\\r\\n%s\\r\\n0\\r\\n\\r\\n" % (len(body), body))
+    def do_POST(self):
+        self.rfile.read(int(self.headers["Content-Length"]))
+        known = self.headers["Authorization"] == "Bearer " + os.environ["LLAMA_API_KEY"]
+        body = json.dumps({"usage": {"completion_tokens": 0 if has("mute") else 8}}).encode()
+        self.send_response(200 if known else 401)
+        self.end_headers()
+        self.wfile.write(body)
+        self.close_connection = True
 http.server.ThreadingHTTPServer((arguments["--host"], int(arguments["--port"])), Handler).serve_forever()
 """
 

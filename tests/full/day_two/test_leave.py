@@ -1,0 +1,107 @@
+"""A node leaves the cluster, alive or dead, and what must not happen meanwhile does not."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.lab import cluster, inventory, machines
+from tests.lab.ansible import Run, playbook, succeed
+from tests.lab.cluster import CONTROLLER, TIER_NODE, run
+
+REMOVE = "playbooks/remove_node.yml"
+LEAVES = "vasp-03"
+
+
+@pytest.fixture
+def without(tmp_path: Path) -> list[str]:
+    """Arguments with tiers that need the node no more."""
+    fast = inventory.tiers()["fast"]
+    file = tmp_path / "tiers.json"
+    file.write_text(json.dumps({"tiers": [fast]}))
+    return ["-e", f"node={LEAVES}", "-e", f"@{file}"]
+
+
+def removed(arguments: list[str], *more: str) -> Run:
+    return succeed(REMOVE, *arguments, *more)
+
+
+def knows(node: str) -> bool:
+    return node in run(CONTROLLER, "sinfo --noheader --Node --format=%N").split()
+
+
+def come_back() -> None:
+    """The node is provisioned anew, as part of the whole."""
+    succeed("site.yml")
+    cluster.wait_served(180)
+    cluster.wait_served(180, cluster.SPLIT_PORT)
+
+
+def test_a_node_that_a_tier_needs_stays_and_the_tier_is_named() -> None:
+    refused = playbook(REMOVE, "-e", f"node={LEAVES}")
+    assert refused.code != 0
+    assert f"tiers[reasoning].workers = {LEAVES}; wanted without {LEAVES}; cure: change these lines" in refused.text
+    assert all(changed == 0 for changed in refused.changed.values()), refused.output
+    assert knows(LEAVES)
+
+
+def test_a_run_that_leaves_the_node_out_is_refused(without: list[str]) -> None:
+    refused = playbook(REMOVE, *without, "--limit", CONTROLLER)
+    assert refused.code != 0
+    assert f"--limit = {CONTROLLER}; wanted none, or one with {LEAVES} and {CONTROLLER}" in refused.text
+    assert knows(LEAVES)
+
+
+def test_a_node_that_is_only_cut_off_from_ssh_is_not_dead(without: list[str]) -> None:
+    refused = playbook(REMOVE, *without, "-e", "node_is_dead=true")
+    assert refused.code != 0
+    assert f"{LEAVES} is cut off from ssh only: its slurmd answers" in refused.text
+    assert knows(LEAVES)
+
+
+def test_a_node_leaves_without_a_trace_and_the_others_serve_on(without: list[str]) -> None:
+    cluster.wait_served()
+    job = cluster.running_job()
+    dry = removed(without, "--check", "--diff")
+    assert "A dry run: nothing was changed." in dry.text
+    assert knows(LEAVES)
+
+    done = removed(without)
+    assert f"Slurm does not know {LEAVES} any more. Take {LEAVES} from hosts.yml" in done.text
+    assert not knows(LEAVES)
+    assert cluster.running_job() == job, "the tier of another node was touched"
+    assert cluster.ask("/health").status == 200
+    assert run(LEAVES, "ls -d /etc/gleaner /usr/local/lib/gleaner 2>&1 | grep -c 'No such'") == "2"
+    assert cluster.host(LEAVES).run("pgrep slurmd").rc != 0
+    peers = run(TIER_NODE, "nft list table inet gleaner")
+    assert cluster.address(LEAVES) not in peers
+    assert cluster.rpc_address(LEAVES) not in peers
+
+    again = removed(without)
+    assert all(changed == 0 for changed in again.changed.values()), again.output
+    come_back()
+    assert knows(LEAVES)
+
+
+def test_a_dead_node_leaves(without: list[str], tmp_path: Path) -> None:
+    cluster.wait_served()
+    job = cluster.running_job()
+    machines.take_away(tmp_path, LEAVES)
+    unreached = playbook(REMOVE, *without)
+    assert unreached.code != 0
+    assert "step 3 of 4: what is ours goes from the node: failed." in unreached.text
+    assert "-e node_is_dead=true" in unreached.text
+
+    removed(without, "-e", "node_is_dead=true")
+    assert not knows(LEAVES)
+    assert cluster.running_job() == job
+    again: Any = removed(without, "-e", "node_is_dead=true")
+    assert all(changed == 0 for changed in again.changed.values()), again.output
+
+    back = playbook("playbooks/lab_up.yml")
+    assert back.code == 0, back.output
+    cluster.forget(LEAVES)
+    come_back()
