@@ -22,8 +22,16 @@ DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def test_first_screen_has_the_two_commands() -> None:
-    first_screen = "\n".join((ROOT / "README.md").read_text().splitlines()[:30])
+    first_screen = "\n".join((ROOT / "README.md").read_text().splitlines()[:24])
     assert "```console\nmake up\nmake test\n```" in first_screen
+
+
+def test_second_screen_has_the_cluster_as_a_picture_that_fits_a_terminal() -> None:
+    (picture,) = [text for language, text in readme.blocks() if language == "text"]
+    lines = picture.splitlines()
+    assert picture in "\n".join((ROOT / "README.md").read_text().splitlines()[24:50])
+    assert max(map(len, lines)) <= 80
+    assert len({len(line) for line in lines if line[0] in "┌│└"}) == 1, "the boxes have one width"
 
 
 def test_every_block_says_where_its_lines_are_typed() -> None:
