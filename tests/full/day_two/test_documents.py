@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.preemption import PORTS
 from tests.docs import sessions
 from tests.docs.sessions import DOCUMENTS, HERE, Command
 from tests.lab import cluster, preempt
@@ -108,7 +109,7 @@ def stopped(host: str, unit: str) -> Iterator[None]:
 def held(tier: str) -> Iterator[None]:
     run(CONTROLLER, f"gleaner tier {tier} held")
     try:
-        assert cluster.ask("/health", port=preempt.PORTS[tier]).status == 503
+        assert cluster.ask("/health", port=PORTS[tier]).status == 503
         yield
     finally:
         run(CONTROLLER, f"gleaner tier {tier} started")
@@ -271,12 +272,32 @@ def test_every_command_is_seen_to_show_something() -> None:
     assert not [command.name for command in LOOKS if command.text not in seen]
 
 
-@pytest.mark.parametrize("command", typed(OPERATIONS), ids=lambda command: command.name)
-def test_an_action_does_what_its_text_says(command: Command) -> None:
-    """In their order: what is held is started by a later one."""
-    if not command.well or command.text.startswith("curl"):
-        serve()
-    code, output = type_in(command)
+REKEY = "Change the server key"
+
+
+def does(command: Command, more: str = "") -> None:
+    code, output = type_in(command, more)
     assert code == 0, output
-    if command.well:
-        assert sessions.printed_as(command.well, output), output
+    assert not command.well or sessions.printed_as(command.well, output), output
+
+
+@pytest.mark.parametrize(
+    "command", [one for one in typed(OPERATIONS) if one.section != REKEY], ids=lambda command: command.name
+)
+def test_an_action_does_what_its_text_says(command: Command) -> None:
+    """In their order: what one holds a later one starts."""
+    if "started" not in command.text:
+        serve()
+    does(command)
+
+
+def test_another_key_is_brought_and_then_the_one_before() -> None:
+    key = "/etc/gleaner/server.key"
+    before = run(CONTROLLER, f"sha256sum {key}")
+    for new, other in ((f" -e vault_server_key={'0123456789abcdef' * 4}", True), ("", False)):
+        serve()
+        for command in typed(OPERATIONS):
+            if command.section == REKEY:
+                does(command, new if "site.yml" in command.text else "")
+        assert (run(CONTROLLER, f"sha256sum {key}") != before) is other
+    serve()
