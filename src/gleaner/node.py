@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +140,61 @@ def facts(root: Path, spec: Path, smi: str, proc: Path) -> dict[str, Any]:
         problems.append(f"jobs: {error}")
     told["problems"] = problems
     return told
+
+
+# What becomes of it on the controller
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Facts of the nodes that answered, and why the others did not."""
+
+    facts: dict[str, dict[str, Any]]
+    problems: tuple[str, ...]
+
+
+def parse_answers(text: str) -> Answers:
+    """From pairs of a node and Ansible's result of `gleaner node`; ValueError when it is nothing of the kind."""
+    told: dict[str, dict[str, Any]] = {}
+    problems: list[str] = []
+    try:
+        for name, result in json.loads(text):
+            try:
+                told[str(name)] = _answer(result)
+            except ValueError as error:
+                problems.append(f"{name}: {error}")
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"--answers: got no list of nodes and results ({error!r})") from None
+    return Answers(told, tuple(problems + [f"{name}: {one}" for name in told for one in told[name]["problems"]]))
+
+
+def _answer(result: Mapping[str, Any]) -> dict[str, Any]:
+    """The facts in a result; ValueError, in words, when there are none."""
+    if not result:
+        raise ValueError("was not asked: run playbooks/status.yml without --limit")
+    said = _first_line(result.get("msg"))
+    if result.get("unreachable"):
+        # Ansible's own words before those of ssh say the same at length.
+        raise ValueError(f"cannot be reached: {said.rpartition('ssh: ')[2]}")
+    if result.get("rc") != 0 or result.get("failed"):
+        said = _first_line(result.get("stderr")) or said or "nothing was said"
+        raise ValueError(f"`gleaner node` failed there: {said}: run site.yml")
+    try:
+        value = json.loads(result["stdout"])
+        if value["v"] == VERSION and {"program", "engine", "models", "gpus", "jobs", "problems"} <= set(value):
+            return dict(value)
+    except (ValueError, KeyError, TypeError):
+        # Said in the next line, as of one that can be read.
+        pass
+    raise ValueError("`gleaner node` there is of another version: run site.yml")
+
+
+def _first_line(text: object) -> str:
+    lines = str(text or "").strip().splitlines()
+    return lines[0] if lines else ""
+
+
+# The command
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

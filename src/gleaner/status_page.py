@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from gleaner import keeper, survey, upstream
+from gleaner import keeper, node, survey, upstream
 from gleaner.status_words import listed, span
 
 EXIT_REFUSED = 2
@@ -81,21 +81,21 @@ def _tiers(document: Mapping[str, Any]) -> Iterator[str]:
             yield from _wrapped(" " * (width + 2), ", ".join(more))
 
 
-def _nodes(nodes: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+def _nodes(seen: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     rows = [["node", "state", "GPUs held", "tiers", "others"]]
-    for node in nodes:
+    for one in seen:
         jobs = [
             f"job {job['job']} of {job['user']}"
             + (f", {span(job['left_seconds'])} left at most" if job["left_seconds"] is not None else "")
-            for job in node["jobs"]
+            for job in one["jobs"]
         ]
-        here = [node["reason"]] if node["reason"] else []
+        here = [one["reason"]] if one["reason"] else []
         rows.append(
             [
-                node["node"],
-                node["words"],
-                f"{node['gpus_held']} of {node['gpus']}",
-                ", ".join(node["tiers"]) or NOT_KNOWN,
+                one["node"],
+                one["words"],
+                f"{one['gpus_held']} of {one['gpus']}",
+                ", ".join(one["tiers"]) or NOT_KNOWN,
                 "; ".join([*here, *([listed(jobs, NAMED_JOBS)] if jobs else [])]) or NOT_KNOWN,
             ]
         )
@@ -105,15 +105,15 @@ def _nodes(nodes: Sequence[Mapping[str, Any]]) -> Iterator[str]:
 def _told(document: Mapping[str, Any]) -> Iterator[str]:
     """What nodes said of themselves."""
     rows = [["node", "GPU memory taken, MiB", "models verified", "program", "build"]]
-    for node in document["nodes"]:
-        told = node["told"]
+    for one in document["nodes"]:
+        told = one["told"]
         if told:
             taken = [f"{gpu['used_mib']} of {gpu['memory_mib']}" for gpu in told["gpus"]]
             verified = sum(state == "present" for state in told["models"].values())
             build = told["engine"]["build"] if told["engine"] else NOT_KNOWN
             rows.append(
                 [
-                    node["node"],
+                    one["node"],
                     ", ".join(taken) or NOT_KNOWN,
                     f"{verified} of {len(told['models'])}" if told["models"] else NOT_KNOWN,
                     "as here" if told["program"] == document["versions"]["gleaner"] else told["program"],
@@ -155,7 +155,7 @@ def _versions(document: Mapping[str, Any]) -> Iterator[str]:
 
 def _preemptions(found: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     rows = [["when", "tier", "nodes", "for", "streams", "away"]]
-    drained = {True: "ended whole", False: "cut", None: "none"}
+    drained = {True: "ended whole", False: "cut", None: NOT_KNOWN}
     for one in found:
         rows.append(
             [
@@ -194,7 +194,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     try:
         config, kept = upstream.Config.load(args.config), keeper.Config.load(args.keeper)
-        answers = survey.parse_answers(sys.stdin.read()) if args.answers else None
+        answers = node.parse_answers(sys.stdin.read()) if args.answers else None
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_REFUSED

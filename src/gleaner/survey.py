@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -65,44 +64,6 @@ class Cluster:
     """Of each tier whose job runs, its memory by node."""
 
 
-# What nodes said of themselves
-
-
-@dataclass(frozen=True)
-class Answers:
-    """Facts of the nodes that answered, and why the others did not."""
-
-    facts: dict[str, dict[str, Any]]
-    problems: tuple[str, ...]
-
-
-def parse_answers(text: str) -> Answers:
-    """From pairs of a node and Ansible's result of `gleaner node`; ValueError when it is nothing of the kind."""
-    facts: dict[str, dict[str, Any]] = {}
-    problems = []
-    try:
-        for name, result in json.loads(text):
-            if not result:
-                problems.append(f"{name}: was not asked: run playbooks/status.yml without --limit")
-            elif result.get("unreachable"):
-                # Ansible's own words before those of ssh say the same at length.
-                problems.append(f"{name}: cannot be reached: {_first_line(result.get('msg')).rpartition('ssh: ')[2]}")
-            elif result.get("rc") != 0 or result.get("failed"):
-                said = _first_line(result.get("stderr")) or _first_line(result.get("msg")) or "nothing was said"
-                problems.append(f"{name}: `gleaner node` failed there: {said}: run site.yml")
-            else:
-                facts[name] = json.loads(result["stdout"])
-                problems += [f"{name}: {problem}" for problem in facts[name]["problems"]]
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"--answers: got no list of nodes and results ({error!r})") from None
-    return Answers(facts, tuple(problems))
-
-
-def _first_line(text: object) -> str:
-    lines = str(text or "").strip().splitlines()
-    return lines[0] if lines else ""
-
-
 # Asking
 
 
@@ -147,7 +108,7 @@ def ask_slurm(config: upstream.Config, lines: Lines, problems: list[str]) -> Clu
     names = sorted({name for tier in config.tiers for name in tier.supervisors})
     try:
         found.nodes = occupancy.known_nodes(names, problems)
-        found.version = slurm.run(["scontrol", "--version"], COMMAND_SECONDS).split()[-1]
+        found.version = slurm.run(["scontrol", "--version"], COMMAND_SECONDS).rpartition(" ")[2].strip()
         if found.nodes:
             found.stays = occupancy.stays(list(found.nodes))
     except slurm.SlurmError as error:
@@ -181,7 +142,7 @@ def ask_preemptions(
 # Putting together
 
 
-def survey(config: upstream.Config, kept: keeper.Config, answers: Answers | None, tiers_only: bool) -> Found:
+def survey(config: upstream.Config, kept: keeper.Config, answers: node.Answers | None, tiers_only: bool) -> Found:
     """Ask everything there is to ask; in bounded time, whoever is away."""
     problems: list[str] = []
     now = time.time()
@@ -224,11 +185,12 @@ def survey(config: upstream.Config, kept: keeper.Config, answers: Answers | None
 def keeper_state(config: keeper.Config) -> tuple[dict[str, keeper.TierState], list[str]]:
     """What the keeper remembers; nothing, and why, when its file is not there or cannot be understood."""
     try:
-        files.load_config(config.state)
+        wanted = files.load_config(config.state).get("tiers")
     except ValueError as error:
         # Before its first look the keeper has written none.
         return {}, [str(error)] if config.state.exists() else []
-    return keeper.load_state(config.state), []
+    state = keeper.load_state(config.state)
+    return state, [] if state or wanted == {} else [f"{config.state}: not what the keeper writes: it starts anew"]
 
 
 def tell_tiers(lines: Lines, kept: keeper.Config, cluster: Cluster, shared: Shared | None) -> None:

@@ -403,10 +403,17 @@ def test_a_broken_event_is_a_problem(place: Home, capsys: pytest.CaptureFixture[
     assert Page(place, capsys).problems == [f"{place.events}/41.jsonl: 1 lines are no events"]
 
 
-def test_a_broken_state_of_the_keeper_is_a_problem(place: Home, capsys: pytest.CaptureFixture[str]) -> None:
-    place.set(place.root / "keeper-state.json", "what")
-    (problem,) = Page(place, capsys).problems
-    assert "keeper-state.json: not a JSON document" in problem
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [("what", "not a JSON document"), ('{"v": 1, "tiers": {"fast": 3}}', "not what the keeper writes")],
+)
+def test_a_broken_state_of_the_keeper_is_a_problem(
+    place: Home, capsys: pytest.CaptureFixture[str], text: str, said: str
+) -> None:
+    place.set(place.root / "keeper-state.json", text)
+    cli.main(arguments(place, "--json"))
+    (problem,) = json.loads(capsys.readouterr().out)["problems"]
+    assert f"keeper-state.json: {said}" in problem
 
 
 def test_no_shared_file_system(place: Home, capsys: pytest.CaptureFixture[str]) -> None:
@@ -569,6 +576,9 @@ def test_a_node_tells_what_it_has(
         ({"unreachable": True, "msg": "Failed to connect\nmore"}, "vasp-02: cannot be reached: Failed to connect"),
         ({"rc": 2, "stderr": "", "msg": "[Errno 2] No such file"}, "`gleaner node` failed there: [Errno 2] No such"),
         ({"failed": True, "msg": "Timed out after 90 s"}, "failed there: Timed out after 90 s"),
+        ({"rc": 0, "stdout": "{}"}, "vasp-02: `gleaner node` there is of another version: run site.yml"),
+        ({"rc": 0, "stdout": "what"}, "vasp-02: `gleaner node` there is of another version: run site.yml"),
+        (answer(v=2), "vasp-02: `gleaner node` there is of another version: run site.yml"),
         ({}, "vasp-02: was not asked: run playbooks/status.yml without --limit"),
         (answer(problems=["gpus: nvidia-smi is not there"]), "vasp-02: gpus: nvidia-smi is not there"),
         (answer(program="gleaner-old"), "vasp-02: program: got gleaner-old, want "),
@@ -592,7 +602,7 @@ def test_another_release_of_slurm_is_a_problem(place: Home, capsys: pytest.Captu
     ]
 
 
-@pytest.mark.parametrize("text", ["", "{", "3", '[["vasp-02"]]', '[["vasp-02", {"rc": 0, "stdout": "{}"}]]'])
+@pytest.mark.parametrize("text", ["", "{", "3", '[["vasp-02"]]'])
 def test_answers_that_are_none_are_refused(
     place: Home, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, text: str
 ) -> None:

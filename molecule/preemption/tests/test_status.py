@@ -32,5 +32,5 @@ def test_all_is_well() -> None:
 def test_the_playbook_adds_what_only_nodes_know() -> None:
     told = succeed("playbooks/status.yml", "--check", "--diff")
     assert told.changed == dict.fromkeys(HOSTS, 0)
-    assert "3 of 3           as here  the one in use" in told.output
+    assert "0 of 32768             3 of 3           as here  the one in use" in told.output
     assert "Problems" not in told.output
