@@ -60,9 +60,13 @@ def test_for_whom_a_tier_waits_and_had_to_go() -> None:
         (node,) = (node for node in status["nodes"] if node["node"] == TIER_NODE)
         assert [one["job"] for one in node["jobs"]] == [job]
     preempt.wait_served()
-    preempt.wait_in_books(job)
-    last = cluster.whole_status()["preemptions"][0]
-    assert (last["tier"], last["job_after"], last["user_after"]) == (FAST, job, "alice")
+
+    def last_for_the_job() -> dict[str, Any] | None:
+        one: dict[str, Any] = cluster.whole_status()["preemptions"][0]
+        return one if one["job_after"] == job else None
+
+    last = cluster.wait_until("accounting has told for whom", last_for_the_job, 30)
+    assert (last["tier"], last["user_after"]) == (FAST, "alice")
     assert last["whole"] is True
     assert last["away_seconds"] > 0
 
@@ -73,7 +77,7 @@ def test_for_whom_a_tier_waits_and_had_to_go() -> None:
 def test_who_holds_a_job_in_slurm(hold: str, said: str) -> None:
     with preempt.paying(FAST):
         seen(FAST, "queued: ")
-        job = preempt.tier_job(FAST).id
+        job = next(line["job"] for line in cluster.whole_status()["tiers"] if line["tier"] == FAST)
         run(CONTROLLER, f"scontrol {hold} {job}")
         try:
             seen(FAST, f"held: job {job} is held in Slurm {said}; `scontrol release {job}` ends it")
@@ -84,9 +88,15 @@ def test_who_holds_a_job_in_slurm(hold: str, said: str) -> None:
 def test_a_node_that_slurm_drains_is_named_with_the_reason() -> None:
     run(CONTROLLER, f"scontrol update nodename={WORKER} state=drain reason='a fan is loud'")
     try:
-        with preempt.paying(REASONING):
-            status = seen(REASONING, "queued: waiting for ")
-            assert f"{WORKER} (drained: a fan is loud [" in words(REASONING, status)
+        (node,) = (node for node in cluster.whole_status()["nodes"] if node["node"] == WORKER)
+        assert (node["words"], node["usable"], node["tiers"]) == ("draining", False, [REASONING])
+        job = cluster.submit(f"-p gpu_vasp --gres=gpu:1 --nodelist={cluster.HEAD} --time=10 --wrap 'sleep 600'")
+        try:
+            behind = f"queued: waiting for GPUs behind job {job} of alice on {cluster.HEAD} ("
+            said = words(REASONING, seen(REASONING, behind))
+            assert f", and for {WORKER} (drained: a fan is loud [" in said
+        finally:
+            cluster.cancel(job)
     finally:
         run(CONTROLLER, f"scontrol update nodename={WORKER} state=resume")
 
