@@ -260,6 +260,8 @@ class Journal:
         self._named = re.compile(rf"(?<![\w-]){re.escape(tier)}(?![\w-])")
         self._cursor = ""
         self._broken = 0
+        # A long story takes its time: what is said meanwhile would stand there without what others said of it.
+        self._until = [f"--until=@{int(time.time()) + 1}"]
 
     def begin(self) -> float:
         return self._since
@@ -267,7 +269,7 @@ class Journal:
     def command(self) -> list[str]:
         where = f"--after-cursor={self._cursor}" if self._cursor else f"--since=@{int(self._since)}"
         units = [f"--unit={unit}" for unit in UNITS]
-        return ["journalctl", "--output=json", "--no-pager", "--all", where, *units]
+        return ["journalctl", "--output=json", "--no-pager", "--all", where, *self._until, *units]
 
     def entries(self) -> Iterator[Entry]:
         """What was not read yet."""
@@ -291,6 +293,7 @@ class Journal:
                 except GeneratorExit:
                     child.terminate()
                     raise
+            self._until = []
             errors.seek(0)
             words = " ".join(errors.read(READ_LIMIT).decode(errors="replace").split())
             if words or child.returncode:

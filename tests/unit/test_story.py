@@ -311,7 +311,11 @@ def test_the_journal_is_followed_behind_what_was_read(site: Site, monkeypatch: p
     site.journal(1, "reasoning: of another tier")
     journal = story.Journal("fast", ["fast", "reasoning"], None, BEGIN, [])
     assert list(journal.entries()) == []
-    assert "--after-cursor=c1" in journal.command()
+    assert any(word.startswith("--until=") for word in site.place.calls_of("journalctl")[0].split())
+    assert list(journal.entries()) == []
+    last = site.place.calls_of("journalctl")[-1].split()
+    assert "--after-cursor=c1" in last
+    assert not any(word.startswith("--until=") for word in last)
 
 
 def test_a_pipe_that_is_closed_leaves_no_journalctl(site: Site) -> None:
