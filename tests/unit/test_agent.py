@@ -294,6 +294,8 @@ def test_an_agent_that_one_of_two_networks_cuts_off_ends_what_it_started(place: 
             time.sleep(0.5)
     assert child.wait() == 1
     assert "silent for 5 s" in place.log("agent")
+    # Whoever would pass on what the agent says is gone.
+    assert "supervisor is gone" in (place.root / "router.log").read_text()
     wait_for(lambda: not alive(started))
 
 
