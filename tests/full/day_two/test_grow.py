@@ -120,7 +120,8 @@ def test_half_a_node_gets_no_job() -> None:
     known = digests()
     with streaming():
         succeed("playbooks/cluster.yml", *WITH, *GROW)
-        assert node_says() == f"drained {REASON}"
+        # Until it has registered it is called drained*.
+        cluster.wait_until("it is drained", lambda: node_says() == f"drained {REASON}")
         succeed("playbooks/tiers.yml", *WITH, "--limit", NODE)
         assert node_says() == f"drained {REASON}"
     assert digests() == known
