@@ -23,7 +23,7 @@ STAYS := the packages apt-cacher-ng, mmdebstrap, systemd-container, iproute2, de
 .PHONY: help up down distclean sources test lint unit lab-tests bench bench-preemption fuzz test-cuda
 .PHONY: bench-provisioning
 .PHONY: test-tailnet test-full full-machine full-lab full-older full-existing full-platforms full-interrupted
-.PHONY: full-tailnet full-cuda full-timed
+.PHONY: full-tailnet full-day-two full-cuda full-timed
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
@@ -139,7 +139,12 @@ full-interrupted: full-platforms
 full-tailnet: full-interrupted
 	$(MAKE) test-tailnet
 
-full-cuda: full-tailnet
+# What an administrator does after the first day: machines are replaced, come, go and are killed in between.
+full-day-two: full-tailnet
+	GLEANER_LAB_ID=5 PYTHONPATH=src tools/with_lab $(BIN)/python -m pytest -v molecule/replace_node tests/full/day_two \
+		--ignore=tests/full/day_two/test_interrupted.py
+
+full-cuda: full-day-two
 	$(MAKE) test-cuda
 
 full-timed: test full-cuda

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from benchmarks import bring_up, gateway, lab, provisioning, report
+from benchmarks import bring_up, day_two, gateway, lab, provisioning, report
 
 
 def test_only_the_section_is_replaced(tmp_path: Path) -> None:
@@ -99,3 +99,10 @@ def test_more_time_for_each_host_misses_its_bar() -> None:
     slower = runs(1.0) | {8: lab.Play(100.0, {}, [], 40.0)}
     missed = [what for what, _, met in provisioning.verdicts(runs(1.0), slower) if not met]
     assert [what.partition(" for")[0] for what in missed] == ["second run: seconds", "second run: CPU seconds here"]
+
+
+@pytest.mark.parametrize(("seconds", "verdict"), [([75.0, 180.0], "met"), ([75.0, 180.1], "missed")])
+def test_a_node_is_replaced_within_three_minutes_each_time(seconds: list[float], verdict: str) -> None:
+    found = {day_two.LOOK: [0.5], day_two.REPLACE: seconds}
+    assert f"180 s: {verdict} |" in day_two.text_of(found, {"machine": "x"})
+    assert day_two.missed(found) == ([day_two.REPLACE] if verdict == "missed" else [])
