@@ -1,7 +1,8 @@
 """How long what an administrator does on a running cluster takes, into docs/operations.md.
 
 Beside a lab that serves and is taken away afterwards, since machines of it are destroyed:
-`GLEANER_LAB_ID=5 PYTHONPATH=src tools/with_lab .venv/bin/python -m benchmarks.day_two`. Exits with 1 when a bar is missed.
+`GLEANER_LAB_ID=5 PYTHONPATH=src tools/with_lab .venv/bin/python -m benchmarks.day_two`. Exits with 1 when a bar is
+missed.
 """
 
 from __future__ import annotations
