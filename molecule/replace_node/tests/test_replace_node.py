@@ -8,11 +8,26 @@ from collections.abc import Iterator
 import pytest
 
 from tests.lab import cluster, machines, split
-from tests.lab.ansible import playbook, succeed
+from tests.lab.ansible import Run, playbook
 from tests.lab.cluster import CONTROLLER, HEAD, SERVICE_USER, SMOLLM2, SPLIT_JOB, SPLIT_PORT, TIER_NODE, run
 
 REPLACE = "playbooks/replace_node.yml"
 OURS = "gleaner: replaced"
+
+
+# A bare machine takes a minute or two; beside other labs several.
+PLAYBOOK_SECONDS = 1500
+
+
+def replace(*arguments: str) -> Run:
+    return playbook(REPLACE, *arguments, timeout=PLAYBOOK_SECONDS)
+
+
+def replaced(*arguments: str) -> Run:
+    """A replacement that has to succeed."""
+    done = replace(*arguments)
+    assert done.code == 0, done.output
+    return done
 
 
 def state(node: str) -> str:
@@ -27,7 +42,7 @@ def is_in_service(node: str) -> bool:
 def test_a_dry_run_on_a_node_that_serves_changes_nothing() -> None:
     split.wait_served()
     job, before = cluster.running_job(SPLIT_JOB), state(HEAD)
-    dry = succeed(REPLACE, "-e", f"node={HEAD}", "--check", "--diff")
+    dry = replaced("-e", f"node={HEAD}", "--check", "--diff")
     assert f"+{HEAD}: MIXED+DRAIN ({OURS})" in dry.output
     assert "A dry run: nothing was changed." in dry.text
     assert cluster.running_job(SPLIT_JOB) == job
@@ -44,7 +59,7 @@ def test_a_dry_run_on_a_node_that_serves_changes_nothing() -> None:
     ],
 )
 def test_an_order_that_cannot_be_meant_is_refused_with_its_cure(arguments: list[str], said: str) -> None:
-    refused = playbook(REPLACE, *arguments)
+    refused = replace(*arguments)
     assert refused.code != 0
     assert said in refused.text
     assert "cure: " in refused.text
@@ -66,7 +81,7 @@ def job_of_alice() -> Iterator[int]:
 
 
 def test_a_node_with_a_paying_job_is_refused_by_the_name_of_the_job(job_of_alice: int) -> None:
-    refused = playbook(REPLACE, "-e", f"node={TIER_NODE}")
+    refused = replace("-e", f"node={TIER_NODE}")
     assert refused.code != 0
     assert f"{TIER_NODE} has job {job_of_alice} of alice" in refused.text
     assert "and nothing was changed" in refused.text
@@ -83,13 +98,13 @@ def test_a_machine_destroyed_in_the_middle_of_a_stream_is_replaced_by_one_comman
     assert not stream.done
     cluster.assert_away(cluster.ask("/health", timeout=cluster.ANSWER_SECONDS, port=SPLIT_PORT))
 
-    refused = playbook(REPLACE, "-e", f"node={HEAD}", "-e", json.dumps({"node_host_key": keys.old}))
+    refused = replace("-e", f"node={HEAD}", "-e", json.dumps({"node_host_key": keys.old}))
     assert refused.code != 0
     assert f"node_host_key = {keys.old}; the machine shows SHA256:" in refused.text
     assert OURS not in state(HEAD)
     assert machines.key_of(HEAD) == keys.old
 
-    done = succeed(REPLACE, "-e", f"node={HEAD}", "-e", json.dumps({"node_host_key": keys.new}))
+    done = replaced("-e", f"node={HEAD}", "-e", json.dumps({"node_host_key": keys.new}))
     assert "STEP 8 of 8" in done.text
     assert f"{HEAD} is in service, and a tier answers over it." in done.text
     assert machines.key_of(HEAD) == keys.new
@@ -103,14 +118,14 @@ def test_a_machine_destroyed_in_the_middle_of_a_stream_is_replaced_by_one_comman
 def test_what_fails_leaves_the_node_drained_and_the_same_command_goes_on() -> None:
     """On the node of a router tier, whose machine is the same."""
     cluster.wait_served()
-    failed = playbook(REPLACE, "-e", f"node={TIER_NODE}", "-e", json.dumps({"tier_node_packages": ["no-such-thing"]}))
+    failed = replace("-e", f"node={TIER_NODE}", "-e", json.dumps({"tier_node_packages": ["no-such-thing"]}))
     assert failed.code != 0
     assert "step 5 of 8: the tiers are planned anew" in failed.text
     assert f"{TIER_NODE} stays drained. Correct what is said above; the same command again goes on." in failed.text
     assert state(TIER_NODE) == f"drained {OURS}"
     cluster.assert_away(cluster.ask("/health", timeout=cluster.ANSWER_SECONDS))
 
-    succeed(REPLACE, "-e", f"node={TIER_NODE}")
+    replaced("-e", f"node={TIER_NODE}")
     assert is_in_service(TIER_NODE)
     assert cluster.complete(SMOLLM2).status == 200
     # Nothing of the trial is left beside the tier.
@@ -120,7 +135,7 @@ def test_what_fails_leaves_the_node_drained_and_the_same_command_goes_on() -> No
 def test_a_drain_by_a_person_outlives_the_replacement_and_is_told() -> None:
     run(CONTROLLER, f"scontrol update NodeName={TIER_NODE} State=DRAIN Reason='fan is loud'")
     try:
-        done = succeed(REPLACE, "-e", f"node={TIER_NODE}")
+        done = replaced("-e", f"node={TIER_NODE}")
         assert f"{TIER_NODE} stays drained by somebody else: fan is loud" in done.text
         assert state(TIER_NODE).endswith("fan is loud")
     finally:
