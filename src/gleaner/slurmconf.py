@@ -247,7 +247,8 @@ def cluster_problems(
     text is not the output of its command.
     """
     problems: list[Problem] = []
-    cluster = parse_show_config(show_config).get("ClusterName", "")
+    config = parse_show_config(show_config)
+    cluster = config.get("ClusterName", "")
     if cluster.lower() != str(wanted["cluster"]).lower():
         problems.append(
             Problem(
@@ -255,6 +256,17 @@ def cluster_problems(
                 str(wanted["cluster"]),
                 f"{cluster}, which is the ClusterName of the Slurm that is there",
                 "correct cluster_name; another one would be a second cluster in its accounting",
+            )
+        )
+    # Whoever has no association could submit nothing from then on.
+    if config.get("AccountingStorageEnforce", "associations").lower() in ("", "0", "none"):
+        problems.append(
+            Problem(
+                "AccountingStorageEnforce",
+                "none",
+                "associations at least, as QoS and accounts bind nobody without",
+                "see that each user of this Slurm has an association (sacctmgr show assoc), then set "
+                "AccountingStorageEnforce=associations,qos in slurm.conf and restart slurmctld",
             )
         )
     live = {entry["NodeName"]: entry for entry in _entries(show_node, "NodeName", "node")}

@@ -264,6 +264,12 @@ def test_another_name_of_the_cluster_is_a_problem() -> None:
     assert problem.startswith("cluster_name = lab; wanted test,")
 
 
+def test_what_would_lock_out_users_without_an_association_is_the_sites_to_do() -> None:
+    for value in ("none", "(null)"):
+        (problem,) = problems(nodes(), show_config=config(AccountingStorageEnforce=value))
+        assert problem.startswith("AccountingStorageEnforce = none; wanted associations at least")
+
+
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
