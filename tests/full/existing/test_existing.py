@@ -78,7 +78,7 @@ def idle() -> set[str]:
 
 def files(name: str) -> dict[str, str]:
     """The site's own files on a host; not the copies that were kept beside them."""
-    listed = run(name, "ls /etc/slurm").split()
+    listed = run(name, "find /etc/slurm -maxdepth 1 -type f -printf '%f\\n'").split()
     return {one: run(name, f"cat /etc/slurm/{one}") for one in listed if not one.endswith("~")}
 
 
