@@ -204,7 +204,7 @@ def drifted() -> Iterator[None]:
 
 
 BUILD = "/cluster/shared/ai/llama.cpp/current/bin/llama-fit-params"
-# By words of the commands that are to show it.
+# By words of the commands that are to show it, the end of which is a `$`.
 Broken = tuple[Callable[[], AbstractContextManager[None]], tuple[str, ...]]
 BROKEN: dict[str, Broken] = {
     "nginx is stopped": (lambda: stopped(CONTROLLER, "nginx"), ("8080/health", "nginx -t", "is-active nginx")),
@@ -217,7 +217,7 @@ BROKEN: dict[str, Broken] = {
     "a tier is held": (
         lambda: held("fast"),
         (
-            "gleaner status",
+            "gleaner status$",
             "8080/health",
             "upstream-fast.conf",
             "v1/models",
@@ -233,11 +233,11 @@ BROKEN: dict[str, Broken] = {
     ),
     "a stranger is on the GPU": (stranger_on_the_gpu, ("gleaner gpus check",)),
     "a file of the engine is gone": (lambda: moved(CONTROLLER, BUILD), ("gleaner engine verify",)),
-    "a paying job has the nodes": (paying, ("gleaner status", "gpu_vasp --noheader", "name=llama")),
+    "a paying job has the nodes": (paying, ("gleaner status$", "gpu_vasp --noheader", "name=llama")),
     "a paying job waits": (waiting, ("gpu_vasp --noheader", "gpu_vasp --states=PENDING")),
     "a node is drained": (drained, ("--list-reasons",)),
     "paying jobs preempt nothing": (preempting_nothing, ("PreemptType", "Preempt(")),
-    "workers freeze": (frozen_worker, ("gleaner status", "-n llama-72b")),
+    "workers freeze": (frozen_worker, ("gleaner status$", "-n llama-72b")),
     "a tier without workers": (lambda: held("reasoning"), ("ggml-rpc-server",)),
     "a node runs no slurmd": (lambda: stopped(WORKERS[0], "slurmd"), ("is-active slurmd",)),
     "a file was changed by hand": (drifted, ("site.yml",)),
@@ -245,7 +245,7 @@ BROKEN: dict[str, Broken] = {
 
 
 def shown_by(words: tuple[str, ...]) -> list[Command]:
-    return [command for command in LOOKS if any(one in command.text for one in words)]
+    return [command for command in LOOKS if any(one in f"{command.text}$" for one in words)]
 
 
 @pytest.mark.parametrize("broken", BROKEN)
