@@ -24,6 +24,7 @@ PRINTS = {
     "curl -s http://10.213.0.10:8081/v1/models": r'"smollm2-135m-thinking-q4_1"',
     "tail -n 5 /cluster/shared/ai/logs/$(": r"client connection",
     "gleaner status": r"fast +serving",
+    "gleaner log": r"Z (router|supervisor|updater|keeper) .*\S",
     "gleaner report": r"others waited for us",
     "squeue": r"llama-14",
     "sinfo": r"vasp-03",
