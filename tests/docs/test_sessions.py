@@ -6,6 +6,7 @@ tests/full/day_two/test_documents.py types what has no mark.
 from __future__ import annotations
 
 import ast
+import contextlib
 import importlib
 import re
 from pathlib import Path
@@ -97,12 +98,30 @@ def test_what_is_printed_is_compared(well: tuple[str, ...], output: str, same: b
     assert sessions.printed_as(well, output) is same
 
 
+def named_texts(tree: ast.Module) -> dict[str, str]:
+    """The texts to which a test gives names, and those that it has from its helpers."""
+    known: dict[str, str] = {}
+    for node in tree.body:
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("tests."):
+            helper = importlib.import_module(str(node.module))
+            known |= {
+                one.name: value for one in node.names if isinstance(value := getattr(helper, one.name, None), str)
+            }
+        elif isinstance(node, ast.Assign):
+            with contextlib.suppress(ValueError):
+                # A call, a text with names in it: no name of a plain text.
+                value = ast.literal_eval(node.value)
+                targets = [target for target in node.targets if isinstance(target, ast.Name)]
+                known |= {target.id: value for target in targets if isinstance(value, str)}
+    return known
+
+
 def words(file: Path) -> set[str]:
-    """The words of all texts in a test, names of texts in them put in."""
-    module = importlib.import_module(".".join(file.relative_to(ROOT).with_suffix("").parts))
-    known = {name: value for name, value in vars(module).items() if isinstance(value, str)}
+    """The words of all texts in a test, named texts put in."""
+    tree = ast.parse(file.read_text())
+    known = named_texts(tree)
     texts: list[str] = []
-    for node in ast.walk(ast.parse(file.read_text())):
+    for node in ast.walk(tree):
         if isinstance(node, ast.Constant):
             texts.append(str(node.value))
         elif isinstance(node, ast.JoinedStr):
