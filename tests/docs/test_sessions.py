@@ -150,6 +150,27 @@ def test_the_test_that_is_named_runs_it(command: Command) -> None:
     assert not [one for one in command.arguments if not has(found, one)]
 
 
+def cures() -> list[str]:
+    """Commands in the text of docs/troubleshooting.md that change something, or have others look."""
+    text = re.sub(r"^```.*?^```$", "", TROUBLESHOOTING.read_text(), flags=re.MULTILINE | re.DOTALL)
+    code = {" ".join(one.split()) for one in re.findall(r"`([^`]+)`", text)}
+    return sorted(one for one in code if re.match(r"(systemctl|scontrol|journalctl|gleaner) |playbooks/", one))
+
+
+@pytest.fixture(scope="module")
+def run_somewhere() -> list[set[str]]:
+    """The words of each test on a lab, and those of the README, whose commands are all run."""
+    tests = [*(ROOT / "tests/full").rglob("test_*.py"), *(ROOT / "molecule").glob("*/tests/test_*.py")]
+    return [set((ROOT / "README.md").read_text().replace("`", " ").split()), *map(words, tests)]
+
+
+@pytest.mark.parametrize("cure", cures())
+def test_a_cure_in_the_text_is_run_by_a_test(cure: str, run_somewhere: list[set[str]]) -> None:
+    """But for words in capitals, which stand for something."""
+    wanted = [word for word in cure.split() if not word.isupper()]
+    assert any(all(has(found, word) for word in wanted) for found in run_somewhere)
+
+
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_what_no_test_runs_is_counted(document: Path) -> None:
     needs = [command.needs for command in sessions.commands(document) if command.needs]

@@ -21,7 +21,7 @@ from benchmarks.preemption import PORTS
 from tests.docs import sessions
 from tests.docs.sessions import DOCUMENTS, HERE, Command
 from tests.lab import cluster, preempt
-from tests.lab.ansible import LAB_ID, ROOT, surroundings
+from tests.lab.ansible import LAB_ID, ROOT, succeed, surroundings
 from tests.lab.cluster import CONTROLLER, SMOLLM2, TIER_NODE, WORKERS, run
 
 OPERATIONS, TROUBLESHOOTING = DOCUMENTS
@@ -93,7 +93,7 @@ def test_when_all_is_well_it_prints_this(command: Command) -> None:
     assert sessions.printed_as(command.well, output), output
 
 
-# What can be broken, and which of the commands are to show it.
+# What can be broken, which of the commands are to show it, and what cures it: the document's cure, where it has one.
 
 
 @contextmanager
@@ -102,7 +102,16 @@ def stopped(host: str, unit: str) -> Iterator[None]:
     try:
         yield
     finally:
-        run(host, f"systemctl start {unit}")
+        run(host, f"systemctl restart {unit}")
+
+
+@contextmanager
+def spoilt_site_of_nginx() -> Iterator[None]:
+    run(CONTROLLER, "echo spoilt >> /etc/nginx/sites-available/ai-inference")
+    try:
+        yield
+    finally:
+        succeed("playbooks/gateway.yml")
 
 
 @contextmanager
@@ -208,6 +217,7 @@ BUILD = "/cluster/shared/ai/llama.cpp/current/bin/llama-fit-params"
 Broken = tuple[Callable[[], AbstractContextManager[None]], tuple[str, ...]]
 BROKEN: dict[str, Broken] = {
     "nginx is stopped": (lambda: stopped(CONTROLLER, "nginx"), ("8080/health", "nginx -t", "is-active nginx")),
+    "the gateway's file is spoilt": (spoilt_site_of_nginx, ("nginx -t",)),
     "the updater is stopped": (lambda: stopped(CONTROLLER, "gleaner-upstream"), ("is-active nginx gleaner",)),
     "the keeper is stopped": (lambda: stopped(CONTROLLER, "gleaner-keeper"), ("is-active nginx gleaner",)),
     "slurmctld is stopped": (
