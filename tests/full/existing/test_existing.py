@@ -9,7 +9,6 @@ import difflib
 import json
 import os
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -124,7 +123,7 @@ def partition(name: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def before(prepared: None) -> Iterator[tuple[dict[str, str], dict[str, list[str]], str]]:
+def before(prepared: None) -> tuple[dict[str, str], dict[str, list[str]], str]:
     return files(CONTROLLER), accounting(), partition("batch")
 
 
