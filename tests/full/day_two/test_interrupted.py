@@ -290,7 +290,7 @@ HANDLERS: list[tuple[str, str, dict[str, object], Callable[[], bool]]] = [
     (
         "slurm_accounting",
         "slurm_accounting : Restart slurmdbd",
-        {"vault_slurmdbd_password": "another-password"},
+        {"vault_slurmdbd_password": "another-password-long-enough-for-the-checks"},
         lambda: is_younger("slurmdbd", "/etc/slurm/slurmdbd.conf") and grace() != "",
     ),
     (
