@@ -195,7 +195,7 @@ def lacking(text: str) -> list[str]:
         {"name": given["slurm_vasp_partition"], "qos": given["slurm_preempting_qos"]},
         {"name": given["slurm_ai_partition"], "qos": [given["slurm_ai_qos"]]},
     ]
-    ask = "echo; echo @; scontrol show config; echo @; scontrol --all --oneliner show partition"
+    ask = "echo; echo @; scontrol show config; echo @; scontrol --oneliner show partition"
     said = start(SLURMCTLD, STARTED, f"{written(text)}; {ALONE}", ask)
     assert STARTED in said
     _, config, partitions = said.split("\n@\n")
@@ -218,8 +218,7 @@ def test_slurm_takes_what_a_file_that_was_written_by_hand_lacks() -> None:
         "AccountingStorageEnforce=qos",
         "PartitionName=gpu_ai Nodes=vasp-01,vasp-02,vasp-03 AllowQos=ai_opportunistic MaxTime=INFINITE State=UP",
     ]
-    path = "/etc/slurm/slurm.conf"
-    text = slurmconf.with_lines({path: BY_HAND}, lines, ["gpu_vasp"])[path]
+    text = slurmconf.with_lines({"slurm.conf": BY_HAND}, lines, ["gpu_vasp"])["slurm.conf"]
     assert errors_of_slurm_conf(written(text)) == ""
     assert lacking(text) == ["AccountingStorageEnforce=qos"]
     # A line that is not taken for the one it is.

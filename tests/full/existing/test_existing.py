@@ -9,6 +9,8 @@ import difflib
 import json
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -157,19 +159,36 @@ def test_another_clusters_name_is_refused() -> None:
     assert set(refused.changed.values()) == {0}
 
 
-def test_gpus_that_slurm_does_not_hand_out_are_named() -> None:
-    edit = "sed -i 's/ Gres=gpu:v100s:1//' /etc/slurm/slurm.conf"
-    undo = "sed -i '/^NodeName=vasp/s/$/ Gres=gpu:v100s:1/' /etc/slurm/slurm.conf"
-    for command in (edit, undo):
-        for name in HOSTS:
-            run(name, command)
-        run(CONTROLLER, "systemctl restart slurmctld")
-        cluster.wait_until("slurmctld answers", lambda: cluster.host(CONTROLLER).run("scontrol ping").rc == 0)
-        if command == edit:
-            refused = site(*APPLY, playbook="playbooks/cluster.yml")
+def gpus() -> set[str]:
+    return set(re.findall(r" Gres=(\S+)", run(CONTROLLER, "scontrol --oneliner show node vasp-[01-03]")))
+
+
+@contextmanager
+def without_gpus() -> Iterator[None]:
+    """No node of Slurm has GPUs, neither in its slurm.conf nor in what it told slurmctld."""
+    try:
+        _edit_everywhere("mv /etc/slurm/gres.conf /root/ && sed -i 's/ Gres=gpu:v100s:1//' /etc/slurm/slurm.conf")
+        cluster.wait_until("Slurm knows no GPU", lambda: gpus() == {"(null)"})
+        yield
+    finally:
+        _edit_everywhere(
+            "mv /root/gres.conf /etc/slurm/ && sed -i '/^NodeName=vasp/s/$/ Gres=gpu:v100s:1/' /etc/slurm/slurm.conf"
+        )
+        cluster.wait_until("Slurm knows them", lambda: gpus() == {"gpu:v100s:1"} and idle() == set(NODES))
+
+
+def _edit_everywhere(command: str) -> None:
+    for name in HOSTS:
+        run(name, command)
+    run(CONTROLLER, "systemctl restart slurmctld")
+    cluster.wait_until("slurmctld answers", lambda: cluster.host(CONTROLLER).run("scontrol ping").rc == 0)
     for name in NODES:
         run(name, "systemctl restart slurmd")
-    cluster.wait_until("all nodes are idle", lambda: idle() == set(NODES))
+
+
+def test_gpus_that_slurm_does_not_hand_out_are_named() -> None:
+    with without_gpus():
+        refused = site(playbook="playbooks/cluster.yml")
     assert refused.failed == {CONTROLLER}, refused.output
     for name in NODES:
         assert f"gpus of {name} = 1 for the tier" in refused.text, refused.output
