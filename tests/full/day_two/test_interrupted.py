@@ -87,11 +87,17 @@ class Play:
     process: subprocess.Popen[str]
     began: float = field(default_factory=time.monotonic)
     lines: list[tuple[float, str]] = field(default_factory=list)
+    # The heading at which it has to stand still: a look now and then would come too late.
+    halt: str = ""
+    halted: bool = False
 
     def read(self) -> None:
         assert self.process.stdout is not None
         for line in self.process.stdout:
             self.lines.append((time.monotonic() - self.began, line))
+            if self.halt and self.halt in line and not self.halted:
+                os.kill(self.process.pid, signal.SIGSTOP)
+                self.halted = True
 
     @property
     def headings(self) -> list[tuple[float, str]]:
@@ -102,7 +108,7 @@ class Play:
         return Run(self.process.returncode, "".join(line for _, line in self.lines))
 
 
-def play(arguments: tuple[str, ...], killed: Callable[[Play], bool] = lambda play: False) -> Play:
+def play(arguments: tuple[str, ...], killed: Callable[[Play], bool] = lambda play: False, halt: str = "") -> Play:
     """Run site.yml to its end, or to the moment at which it is to be killed, with all its processes."""
     with subprocess.Popen(
         command("site.yml", *arguments),
@@ -115,11 +121,11 @@ def play(arguments: tuple[str, ...], killed: Callable[[Play], bool] = lambda pla
         text=True,
         start_new_session=True,
     ) as process:
-        run = Play(process)
+        run = Play(process, halt=halt)
         reader = threading.Thread(target=run.read)
         reader.start()
         try:
-            while process.poll() is None and not killed(run):
+            while process.poll() is None and not run.halted and not killed(run):
                 assert time.monotonic() - run.began < RUN_SECONDS, run.run.output[-3000:]
                 time.sleep(0.01)
         finally:
@@ -149,7 +155,7 @@ def repaired(*arguments: str) -> Play:
 
 def killed_at(heading: str, *arguments: str) -> None:
     """Kill a run when it announces this, before it can do it."""
-    run = play(arguments, lambda play: any(heading in found for _, found in play.headings))
+    run = play(arguments, halt=heading)
     assert run.process.returncode == -signal.SIGKILL, f"it ended before {heading}:\n{run.run.output}"
     print(f"killed at {heading}", flush=True)
 
@@ -301,7 +307,8 @@ HANDLERS: list[tuple[str, str, dict[str, object], Callable[[], bool]]] = [
     ),
     (
         "slurm_controller",
-        "slurm_controller : Nodes fetch the configuration",
+        # The one before `Nodes fetch the configuration`, which tells them in an instant.
+        "slurm_controller : Slurmctld answers",
         {"slurm_controller_default_memory_per_cpu_mib": 1536},
         lambda: nodes_have("DefMemPerCPU=1536"),
     ),
