@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import tempfile
 from collections.abc import Iterable
@@ -94,10 +95,13 @@ def main() -> None:
             # A braced list is one argument of nft's own language.
             module.run_command(["nft", f"add element {table} {name} {{ {', '.join(more)} }}"], check_rc=True)
     if added and not module.check_mode:
+        times = path.stat()
         with tempfile.NamedTemporaryFile("w", dir=module.tmpdir, delete=False) as file:
             file.write(after)
         # With owner and mode of the file that it replaces.
         module.atomic_move(file.name, str(path))
+        # The running table has them already: a file that is not newer is one that its unit has read.
+        os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
     diff = {"before": before, "after": after, "before_header": str(path), "after_header": str(path)} if added else {}
     module.exit_json(changed=bool(added), added=added, diff=diff)
 

@@ -70,6 +70,11 @@ jobs:
   type: list
   elements: dict
   returned: always
+wanted_by:
+  description: 'With V(drained), jobs that wait and name the node as one that they must have, in the same form.'
+  type: list
+  elements: dict
+  returned: always
 """
 
 POLL_SECONDS = 1.0
@@ -174,7 +179,9 @@ def by_slurm_itself(node: Node, slurm_user: str) -> bool:
 
 def drain_needed(node: Node, reason: str, slurm_user: str) -> bool:
     """Whether the node has to be drained with the reason; the drain of a person is one already."""
-    return not node.drained or (node.reason != reason and by_slurm_itself(node, slurm_user))
+    # What another playbook of ours began is not for it to end any more.
+    ours = node.by == "root" and node.reason.startswith("gleaner: ")
+    return not node.drained or (node.reason != reason and (ours or by_slurm_itself(node, slurm_user)))
 
 
 def kept_drain(node: Node, reason: str, slurm_user: str) -> str:
@@ -239,6 +246,18 @@ class Slurm:
         form = "JobID:32|,UserName:64|,State:24|,Name:64"
         argv = ["--noheader", f"--nodelist={name}", f"--states={_JOB_STATES}", f"--Format={form}"]
         return parse_jobs(self.ask("squeue", *argv))
+
+    def wanted_by(self, name: str) -> list[Job]:
+        """Jobs that wait and name the node as one that they must have."""
+        form = "JobID:32|,UserName:64|,State:24|,ReqNodes:4096|,Name:64"
+        found = []
+        for line in self.ask("squeue", "--noheader", "--states=pending", f"--Format={form}").splitlines():
+            cells = [cell.strip() for cell in line.split("|", 4)]
+            if len(cells) != 5:
+                raise NodeError(f"squeue: cannot read the line {line.strip()[:80]!r}")
+            if cells[3] and name in self.ask("scontrol", "show", "hostnames", cells[3]).split():
+                found.append(Job(cells[0], cells[1], cells[2], cells[4]))
+        return found
 
     def update(self, name: str, state: str, reason: str | None = None) -> None:
         more = [f"Reason={reason}"] if reason else []
@@ -358,11 +377,13 @@ def main() -> None:
                 after=unknown,
                 kept="",
                 jobs=[],
+                wanted_by=[],
             )
         node = slurm.node(name)
         do = {"drained": drain, "joined": join, "resumed": resume}[state]
         done = do(slurm, node, reason or "", seconds, module.check_mode)
         listens = slurm.listens(done.after)
+        waiting = slurm.wanted_by(name) if state == "drained" else []
     except NodeError as error:
         module.fail_json(msg=str(error))
     if state == "resumed" and done.kept:
@@ -379,6 +400,7 @@ def main() -> None:
         listens=listens,
         kept=done.kept,
         jobs=[{**asdict(job), "words": str(job)} for job in done.jobs],
+        wanted_by=[{**asdict(job), "words": str(job)} for job in waiting],
         diff={"before": f"{name}: {before}\n", "after": f"{name}: {after}\n"} if done.changed else {},
     )
 

@@ -44,6 +44,8 @@ case "$(basename "$0") $1 $2" in
     State=RESUME) state=IDLE ;;
     esac
     [ -e stays ] || sed -i "/NodeName=$node /s/State=.*/State=$state/" nodes ;;
+"scontrol show hostnames") echo "$3" | tr , '\n' ;;
+"squeue --noheader --states=pending") cat waiting ;;
 squeue*) cat jobs; if [ -e after ]; then mv after jobs; fi ;;
 esac
 """
@@ -56,6 +58,7 @@ def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (tmp_path / name).chmod(0o755)
     (tmp_path / "nodes").write_text(SHOWN)
     (tmp_path / "jobs").write_text("")
+    (tmp_path / "waiting").write_text("")
     monkeypatch.setenv("FAKE", str(tmp_path))
     monkeypatch.setenv("SLURMD_PORT", "1")
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
@@ -243,3 +246,17 @@ def test_a_node_with_less_than_declared_has_not_joined(slurm: Path, state: str) 
     done = module(name="vasp-02", state="joined", reason=REPLACED, wait_seconds=1)
     assert "Slurm does not find there what it was told of the node" in done["msg"]
     assert "hostvars[vasp-02].cpus, .memory_mib and .gpus" in done["msg"]
+
+
+def test_jobs_that_wait_for_the_very_node_are_named(slurm: Path) -> None:
+    (slurm / "waiting").write_text(
+        "813|alice|PENDING|vasp-01,vasp-02|relax\n814|alice|PENDING||any|thing\n815|bob|PENDING|vasp-02|md\n"
+    )
+    done = module(check=True, name="vasp-01", state="drained", reason=REPLACED)
+    assert [job["words"] for job in done["wanted_by"]] == ["job 813 of alice (relax, pending)"]
+
+
+def test_a_drain_of_another_playbook_of_ours_becomes_this_one() -> None:
+    began = Node("vasp-01", "IDLE", frozenset({"DRAIN"}), "gleaner: being provisioned", "root")
+    assert drain_needed(began, REPLACED, "slurm")
+    assert not drain_needed(Node("vasp-01", "IDLE", frozenset({"DRAIN"}), "fan is loud", "root"), REPLACED, "slurm")
