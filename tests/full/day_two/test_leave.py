@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.lab import cluster, inventory, machines
+from tests.lab import cluster, inventory, machines, preempt
 from tests.lab.ansible import Run, playbook
 from tests.lab.cluster import CONTROLLER, TIER_NODE, run
 
@@ -65,6 +65,35 @@ def test_a_node_that_is_only_cut_off_from_ssh_is_not_dead(without: list[str]) ->
     assert refused.code != 0
     assert f"{LEAVES} is cut off from ssh only: its slurmd answers" in refused.text
     assert knows(LEAVES)
+
+
+def test_a_job_that_waits_for_the_very_node_is_named_before_it_would_be_lost(without: list[str]) -> None:
+    job = cluster.submit(f"-p gpu_vasp --nodelist={LEAVES} --begin=now+1hour --wrap 'sleep 1'")
+    try:
+        refused = playbook(REMOVE, *without)
+        assert refused.code != 0
+        assert f"job {job} of alice" in refused.text
+        assert f"must have {LEAVES}, and nothing was changed" in refused.text
+        assert all(changed == 0 for changed in refused.changed.values()), refused.output
+        assert "DRAIN" not in run(CONTROLLER, f"scontrol show node {LEAVES}")
+    finally:
+        cluster.cancel(job)
+
+
+def test_whoever_thinks_better_of_it_half_way_gets_the_node_back(without: list[str]) -> None:
+    """A paying job stays longer than it is waited for."""
+    job = cluster.submit(f"-p gpu_vasp --nodelist={LEAVES} --time=30 --wrap 'sleep 1800'")
+    try:
+        preempt.wait_runs(job)
+        broken_off = playbook(REMOVE, *without, "-e", "remove_node_wait_seconds=1", timeout=PLAYBOOK_SECONDS)
+        assert broken_off.code != 0
+        assert f"{LEAVES} is drained, and still has after" in broken_off.text
+        assert "step 2 of 4: tiers leave the node, their streams first: failed." in broken_off.text
+        assert preempt.runs(job), "the paying job was ended"
+    finally:
+        cluster.cancel(job)
+    come_back()
+    assert "DRAIN" not in run(CONTROLLER, f"scontrol show node {LEAVES}")
 
 
 def test_a_node_leaves_without_a_trace_and_the_others_serve_on(without: list[str]) -> None:
