@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import glob
 import os
 import shutil
@@ -48,6 +49,10 @@ paths: {description: What is gone., type: list, elements: str, returned: always}
 """
 
 
+# How file systems say that a folder is not empty.
+FILLED = (errno.ENOTEMPTY, errno.EEXIST)
+
+
 def doomed(paths: Iterable[str], patterns: Iterable[str]) -> list[Path]:
     """What is there of them. ValueError for a path that nobody means to lose."""
     named = [Path(path) for path in [*paths, *patterns]]
@@ -76,10 +81,27 @@ def emptied(folders: Iterable[str], going: Iterable[Path]) -> list[Path]:
 def remove(path: Path) -> None:
     """A file, a link or a whole folder; whatever is gone already is as wished."""
     with contextlib.suppress(FileNotFoundError):
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
+        if not path.is_dir() or path.is_symlink():
             path.unlink()
+            return
+        try:
+            shutil.rmtree(path)
+        except OSError as error:
+            # The last words of a job that has just ended came into its logs meanwhile; what goes on writing is named.
+            if error.errno not in FILLED:
+                raise
+            shutil.rmtree(path)
+
+
+def remove_empty(folder: Path) -> None:
+    """A folder that is empty, as far as was seen. It stays when somebody has put a file there in this moment."""
+    try:
+        folder.rmdir()
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        if error.errno not in FILLED:
+            raise
 
 
 def main() -> None:
@@ -95,9 +117,7 @@ def main() -> None:
             for path in going:
                 remove(path)
             for path in empty:
-                # Somebody may have put a file there in this moment.
-                with contextlib.suppress(FileNotFoundError):
-                    path.rmdir()
+                remove_empty(path)
     except (OSError, ValueError) as error:
         module.fail_json(msg=str(error))
     module.exit_json(

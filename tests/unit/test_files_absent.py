@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from library.files_absent import doomed
+from library.files_absent import doomed, remove, remove_empty
 
 MODULE = Path(__file__).parents[2] / "library" / "files_absent.py"
 
@@ -76,3 +77,35 @@ def test_a_path_that_an_empty_variable_makes_is_refused(path: str) -> None:
         doomed([path], [])
     with pytest.raises(ValueError, match="want an absolute path"):
         doomed([], [path])
+
+
+def test_a_folder_into_which_something_came_meanwhile_stays(tmp_path: Path) -> None:
+    (tmp_path / "mine").touch()
+    remove_empty(tmp_path)
+    assert (tmp_path / "mine").exists()
+    remove_empty(tmp_path / "gone")
+    with pytest.raises(NotADirectoryError):
+        remove_empty(tmp_path / "mine")
+
+
+@pytest.mark.parametrize("late", [1, 2])
+def test_last_words_that_come_meanwhile_go_too_and_who_goes_on_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, late: int
+) -> None:
+    folder = tmp_path / "logs"
+    folder.mkdir()
+    writes = iter(range(late))
+    rmdir = os.rmdir
+
+    def written_meanwhile(path: Path, **where: Any) -> None:
+        if next(writes, None) is not None:
+            (folder / "router.log").touch()
+        rmdir(path, **where)
+
+    monkeypatch.setattr(os, "rmdir", written_meanwhile)
+    if late == 1:
+        remove(folder)
+        assert not folder.exists()
+    else:
+        with pytest.raises(OSError, match="not empty"):
+            remove(folder)
