@@ -105,12 +105,14 @@ def nothing_left(place: Home) -> bool:
     return not any(alive(start["pid"]) for start in [*place.started, *place.workers])
 
 
-def agents(child: subprocess.Popen[str]) -> dict[str, int]:
-    """The agent of each node: descendants of the supervisor, known by their environment."""
+def agents(place: Home, child: subprocess.Popen[str]) -> dict[str, int]:
+    """The agent of each node, known by its program and its environment."""
     found = {}
     for entry in Path("/proc").iterdir():
         with contextlib.suppress(OSError):
-            if not entry.name.isdigit() or b"\0agent\0" not in (entry / "cmdline").read_bytes():
+            words = (entry / "cmdline").read_bytes().split(b"\0")
+            # Other tests run at the same time, whose jobs have the same number and nodes: the program is this one's.
+            if not entry.name.isdigit() or str(place.pyz).encode() not in words or b"agent" not in words:
                 continue
             environment = dict(
                 word.split("=", 1) for word in (entry / "environ").read_text().split("\0") if "=" in word
@@ -170,7 +172,7 @@ def test_what_dies_or_freezes_takes_all_down_and_all_come_back(place: Home, who:
 def test_an_agent_that_is_gone_ends_the_job_and_everything_in_it(place: Home) -> None:
     child = supervise(place)
     wait_for(lambda: served(place))
-    os.kill(agents(child)["vasp-03"], signal.SIGKILL)
+    os.kill(agents(place, child)["vasp-03"], signal.SIGKILL)
     assert child.wait(10) == Exit.AGENT_LOST
     assert served(place) is None
     wait_for(lambda: nothing_left(place), 5.0)
