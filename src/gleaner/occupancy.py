@@ -11,18 +11,22 @@ from gleaner.claims import Need
 
 COMMAND_SECONDS = 10.0
 
-# squeue cuts a field at its size.
+# squeue cuts a field at its size. A list of nodes that was cut could be read, and be others.
+NODES_LIMIT = 4096
 _COLUMNS = (
     "JobID:16",
     "UserName:64",
     "TimeLeft:24",
-    "NodeList:512",
+    f"NodeList:{NODES_LIMIT}",
     "tres-alloc:256",
     "tres-per-node:128",
     "tres-per-job:128",
     "tres-per-socket:128",
     "tres-per-task:128",
 )
+
+# Brackets in pairs, never within each other.
+_NODES = re.compile(r"(?:[^\[\]]|\[[^\[\]]+\])*")
 
 # By the first that a node has: a mark says more than the state beside it.
 _MARKS = {
@@ -61,6 +65,10 @@ def parse_stays(text: str) -> list[Stay]:
         cells = [cell.strip() for cell in line.split("|")]
         if len(cells) < len(_COLUMNS) or not cells[0].isdigit():
             raise slurm.SlurmError(f"squeue: cannot read the line {line.strip()[:80]!r}")
+        if len(cells[3]) >= NODES_LIMIT or not _NODES.fullmatch(cells[3]):
+            raise slurm.SlurmError(
+                f"squeue: job {cells[0]}: cannot read its list of nodes, which ends with {cells[3][-40:]!r}"
+            )
         has_gpus = any(re.search(r"\bgpu\b", cell) for cell in cells[4:])
         found.append(Stay(int(cells[0]), cells[1], tuple(slurm.hosts(cells[3])), slurm.seconds(cells[2]), has_gpus))
     return found
