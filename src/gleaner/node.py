@@ -18,6 +18,8 @@ from gleaner import bounded, engine, files, gpus, measured, slurm, stage
 VERSION = 1
 SHARED_SECONDS = 5.0
 COMMAND_SECONDS = 10.0
+# Of timeout(1): by TERM, and by the KILL that follows.
+TIMED_OUT = (124, 137)
 
 
 def program() -> str:
@@ -176,6 +178,8 @@ def _answer(result: Mapping[str, Any]) -> dict[str, Any]:
     if result.get("unreachable"):
         # Ansible's own words before those of ssh say the same at length.
         raise ValueError(f"cannot be reached: {said.rpartition('ssh: ')[2]}")
+    if result.get("rc") in TIMED_OUT:
+        raise ValueError("`gleaner node` did not end there in time: its GPUs' driver, Slurm or a file system hangs")
     if result.get("rc") != 0 or result.get("failed"):
         said = _first_line(result.get("stderr")) or said or "nothing was said"
         raise ValueError(f"`gleaner node` failed there: {said}: run site.yml")

@@ -176,6 +176,17 @@ def test_where_accounting_does_not_track_gpus_all_jobs_may_have_them(
     assert Page(place, capsys).tier["behind"] == [7]
 
 
+@pytest.mark.parametrize("nodes", ["vasp-[01-03,0", "vasp-[01-03],vasp-[", "a" * occupancy.NODES_LIMIT])
+def test_a_list_of_nodes_that_squeue_cut_is_not_read_as_other_nodes(nodes: str) -> None:
+    with pytest.raises(slurm.SlurmError, match="squeue: job 7: cannot read its list of nodes"):
+        occupancy.parse_stays(stay_line(nodes=nodes))
+
+
+def test_a_list_of_nodes_is_read_to_its_end() -> None:
+    (stay,) = occupancy.parse_stays(stay_line(nodes="gpu1,vasp-[01,03],r[1-2]n"))
+    assert stay.nodes == ("gpu1", "vasp-01", "vasp-03", "r1n", "r2n")
+
+
 def test_a_dead_node_is_named_beside_the_jobs_of_others(place: Home, capsys: pytest.CaptureFixture[str]) -> None:
     waiting(place, reason="ReqNodeNotAvail, UnavailableNodes:vasp-03")
     config, kept = place.gateway_config(), place.keeper_config(place.root / "run.slurm")
@@ -576,6 +587,8 @@ def test_a_node_tells_what_it_has(
         ({"unreachable": True, "msg": "Failed to connect\nmore"}, "vasp-02: cannot be reached: Failed to connect"),
         ({"rc": 2, "stderr": "", "msg": "[Errno 2] No such file"}, "`gleaner node` failed there: [Errno 2] No such"),
         ({"failed": True, "msg": "Timed out after 90 s"}, "failed there: Timed out after 90 s"),
+        ({"rc": 124, "stderr": "", "msg": "non-zero return code"}, "vasp-02: `gleaner node` did not end there in time"),
+        ({"rc": 137, "stderr": "Killed"}, "vasp-02: `gleaner node` did not end there in time"),
         ({"rc": 0, "stdout": "{}"}, "vasp-02: `gleaner node` there is of another version: run site.yml"),
         ({"rc": 0, "stdout": "what"}, "vasp-02: `gleaner node` there is of another version: run site.yml"),
         (answer(v=2), "vasp-02: `gleaner node` there is of another version: run site.yml"),
