@@ -105,7 +105,7 @@ def with_measures(
             now = here["host_mib"] if here else None
             found.append(dataclasses.replace(row, peak_mib=peak.get(row.node), now_mib=now))
         else:
-            gpus = here["gpus_mib"] if here else []
+            gpus = (here["gpus_mib"] if here else None) or []
             index = int(row.device[len("gpu") :])
             found.append(dataclasses.replace(row, now_mib=gpus[index] if index < len(gpus) else None))
     return found

@@ -8,7 +8,7 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -90,30 +90,63 @@ def gpu_mib_by_process(smi: str) -> dict[int, dict[str, int]]:
     return found
 
 
-def gpu_memory(smi: str) -> list[dict[str, int]]:
+def gpu_memory(smi: str) -> list[dict[str, Any]]:
     """All that is taken of each GPU, by whomever."""
-    rows = gpus.ask(smi, "gpu", ("index", "memory.total", "memory.used"))
+    rows = gpus.ask(smi, "gpu", ("index", "pci.bus_id", "memory.total", "memory.used"))
     return [
-        {"index": int(index), "memory_mib": int(total), "used_mib": int(used)}
-        for index, total, used in rows
+        {"index": int(index), "bus_id": bus_id, "memory_mib": int(total), "used_mib": int(used)}
+        for index, bus_id, total, used in rows
         if index.isdigit() and total.isdigit() and used.isdigit()
     ]
 
 
+def gpus_given(proc: Path, pids: Sequence[int]) -> set[int]:
+    """Numbers of the GPUs that Slurm has given these processes of a job; empty when it is not known."""
+    given: set[int] = set()
+    for pid in pids:
+        try:
+            words = (proc / str(pid) / "environ").read_bytes().decode(errors="replace").split("\0")
+        except OSError:
+            # It has ended.
+            continue
+        environment = dict(word.split("=", 1) for word in words if "=" in word)
+        # The job's own are those of the node of its batch step, and are inherited on the others.
+        numbers = environment.get("SLURM_STEP_GPUS") or environment.get("SLURM_JOB_GPUS") or ""
+        given |= {int(number) for number in numbers.split(",") if number.isdigit()}
+    return given
+
+
+def memory_by_gpu(
+    used: Mapping[str, int], given: Collection[int], there: Sequence[Mapping[str, Any]]
+) -> list[int] | None:
+    """MiB of each GPU that a job has, by their numbers, also of those on which it has nothing.
+
+    None when it is not known which it has: some of them are then taken for others.
+    """
+    numbers = {one["bus_id"]: one["index"] for one in there}
+    has = {numbers[bus_id]: mib for bus_id, mib in used.items() if bus_id in numbers}
+    whose = set(given) or (set(has) if len(has) == len(numbers) else set())
+    if not whose or len(has) < len(used) or not set(has) <= whose <= set(numbers.values()):
+        return None
+    return [has.get(number, 0) for number in sorted(whose)]
+
+
 def jobs(
-    processes: Mapping[int, list[int]], on_gpus: Mapping[int, Mapping[str, int]], proc: Path
+    processes: Mapping[int, list[int]],
+    on_gpus: Mapping[int, Mapping[str, int]],
+    there: Sequence[Mapping[str, Any]],
+    proc: Path,
 ) -> list[dict[str, Any]]:
-    """Memory of each job here, in MiB: of the host, and of each GPU that it has something on."""
+    """Memory of each job here, in MiB: of the host, and of each GPU that it has, if that is known."""
     found = []
     for job, pids in sorted(processes.items()):
-        of_gpus: dict[str, int] = {}
+        used: dict[str, int] = {}
         for pid in pids:
-            for bus_id, used in on_gpus.get(pid, {}).items():
-                of_gpus[bus_id] = of_gpus.get(bus_id, 0) + used
+            for bus_id, mib in on_gpus.get(pid, {}).items():
+                used[bus_id] = used.get(bus_id, 0) + mib
         host = sum(process_kib(proc, pid) for pid in pids) * 1024
-        found.append(
-            {"job": job, "host_mib": host // measured.MIB, "gpus_mib": [of_gpus[bus] for bus in sorted(of_gpus)]}
-        )
+        of_gpus = memory_by_gpu(used, gpus_given(proc, pids), there)
+        found.append({"job": job, "host_mib": host // measured.MIB, "gpus_mib": of_gpus})
     return found
 
 
@@ -130,14 +163,17 @@ def facts(root: Path, spec: Path, smi: str, proc: Path) -> dict[str, Any]:
     except (ValueError, OSError) as error:
         problems.append(f"models: {error}")
     on_gpus: dict[int, dict[str, int]] = {}
+    # Of which is known who is on them.
+    there: list[dict[str, Any]] = []
     try:
         if smi:
             told["gpus"] = gpu_memory(smi)
             on_gpus = gpu_mib_by_process(smi)
+            there = told["gpus"]
     except gpus.GpuError as error:
         problems.append(f"gpus: {error}")
     try:
-        told["jobs"] = jobs(job_processes(), on_gpus, proc)
+        told["jobs"] = jobs(job_processes(), on_gpus, there, proc)
     except slurm.SlurmError as error:
         problems.append(f"jobs: {error}")
     told["problems"] = problems

@@ -626,7 +626,7 @@ def test_answers_that_are_none_are_refused(
 
 NVIDIA_SMI = """#!/bin/sh
 case "$1" in
-*memory.used*) echo "0, 32768, 800" ;;
+*memory.used*) echo "0, 00000000:3B:00.0, 32768, 800" ;;
 *) echo "00000000:3B:00.0, $PPID, 790"; echo "00000000:3B:00.0, 1, [N/A]" ;;
 esac
 """
@@ -652,10 +652,51 @@ def test_a_node_looks_at_itself(
     told = json.loads(capsys.readouterr().out)
     assert told["problems"] == []
     assert told["engine"]["build"] == BUILD
-    assert told["gpus"] == [{"index": 0, "memory_mib": 32768, "used_mib": 800}]
+    assert told["gpus"] == [{"index": 0, "bus_id": "00000000:3B:00.0", "memory_mib": 32768, "used_mib": 800}]
     (job,) = told["jobs"]
     assert (job["job"], job["gpus_mib"]) == (41, [790])
     assert job["host_mib"] > 1
+
+
+@pytest.mark.parametrize(
+    ("used", "given", "told"),
+    [
+        # Nothing on its first one yet.
+        ({"b1": 790}, {0, 1}, [0, 790]),
+        ({"b3": 5}, {2, 3}, [0, 5]),
+        ({}, {1}, [0]),
+        ({"b0": 1, "b1": 2, "b2": 3, "b3": 4}, set(), [1, 2, 3, 4]),
+        # Which ones the job has is not known, or is not what is seen.
+        ({"b1": 790}, set(), None),
+        ({"b1": 790}, {0}, None),
+        ({"b1": 790, "elsewhere": 3}, {1}, None),
+        ({"b1": 790}, {1, 7}, None),
+        ({}, set(), None),
+    ],
+)
+def test_memory_is_that_of_the_gpu_it_is_on(used: dict[str, int], given: set[int], told: list[int] | None) -> None:
+    there = [{"index": number, "bus_id": f"b{number}"} for number in range(4)]
+    assert node.memory_by_gpu(used, given, there) == told
+
+
+def test_without_gpus_a_node_knows_nothing_of_them() -> None:
+    assert node.memory_by_gpu({}, {0}, []) is None
+
+
+def test_slurm_tells_each_process_its_gpus(tmp_path: Path) -> None:
+    for pid, environ in {1: "A=b\0SLURM_JOB_GPUS=0,1\0", 2: "SLURM_JOB_GPUS=0,1\0SLURM_STEP_GPUS=3\0", 3: ""}.items():
+        (tmp_path / str(pid)).mkdir()
+        (tmp_path / str(pid) / "environ").write_text(environ)
+    assert node.gpus_given(tmp_path, [1, 3, 4]) == {0, 1}
+    assert node.gpus_given(tmp_path, [2]) == {3}
+    assert node.gpus_given(tmp_path, [3]) == set()
+
+
+def test_what_a_job_has_on_its_second_gpu_is_not_shown_as_on_its_first() -> None:
+    rows = [measured.Row("fast", "vasp-02", device, 900, 32768) for device in ("gpu0", "gpu1")]
+    for told, shown in (([0, 790], [0, 790]), (None, [None, None])):
+        facts = {"vasp-02": {"jobs": [{"job": 41, "host_mib": 700, "gpus_mib": told}]}}
+        assert [row.now_mib for row in measured.with_measures(rows, 41, {}, facts)] == shown
 
 
 def test_a_node_without_anything_still_answers(place: Home, capsys: pytest.CaptureFixture[str]) -> None:
