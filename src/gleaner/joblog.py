@@ -36,6 +36,7 @@ CHUNK = 64 << 10
 # A reader on another host sees what was written when the file is closed: so often at most.
 BATCH_SECONDS = 0.2
 RETRY_SECONDS = 2.0
+ASIDE_SECONDS = 0.1
 # A line that has no end yet is shown after so long a silence: it may be the last word of a server that hangs.
 PARTIAL_SECONDS = 1.0
 
@@ -94,18 +95,31 @@ def generation(path: Path, number: int) -> Path:
     return path.with_name(f"{path.name}.{number}") if number else path
 
 
-def rotate(path: Path, generations: int = GENERATIONS) -> None:
-    """Rename a file and its older ones; the oldest goes."""
+def rotate(path: Path, seen: os.stat_result, generations: int = GENERATIONS) -> None:
+    """Rename a file that was seen to be large, and its older ones; the oldest goes. Not when another writer has."""
     for number in reversed(range(generations)):
         with contextlib.suppress(FileNotFoundError):
+            if not _still(path, seen):
+                return
             generation(path, number).rename(generation(path, number + 1))
+
+
+def _still(path: Path, seen: os.stat_result) -> bool:
+    """The same file, and not smaller. It is opened: a shared file system may not know yet what another host did."""
+    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        now = os.fstat(fd)
+    finally:
+        os.close(fd)
+    return os.path.samestat(now, seen) and now.st_size >= seen.st_size
 
 
 def keep_small(path: Path, limit: int = SLURM_LIMIT) -> None:
     """Put a file aside that others append to, each for a while, when it is larger than the limit in bytes."""
     try:
-        if path.stat().st_size > limit:
-            rotate(path, 1)
+        seen = path.stat()
+        if seen.st_size > limit:
+            rotate(path, seen, 1)
     except FileNotFoundError:
         return
     except OSError as error:
@@ -164,7 +178,21 @@ class File:
             self._changed.notify_all()
         self._thread.join(timeout_seconds)
         if self._thread.is_alive():
-            say(f"{self.path}: the last lines are not written: the file system does not answer")
+            self._say_aside(f"{self.path}: the last lines are not written: the file system does not answer")
+
+    def _say_aside(self, text: str) -> None:
+        """Say it on stderr itself: all else that is said may come here, where nothing is taken any more."""
+        line = f"{stamp()} {self._label}: {text}\n".encode()
+
+        def write() -> None:
+            # There is no other place to say that this one fails, too.
+            with contextlib.suppress(OSError):
+                os.write(2, line)
+
+        # It may be a file of the same file system.
+        thread = threading.Thread(target=write, name="aside", daemon=True)
+        thread.start()
+        thread.join(ASIDE_SECONDS)
 
     def _take(self) -> bytes:
         """All that is here, and how much is not."""
@@ -189,7 +217,7 @@ class File:
                 return
             while data := self._write(data):
                 if self._pause(RETRY_SECONDS) and (data := self._write(data)):
-                    say(f"{self.path}: {data.count(10)} lines are not written")
+                    self._say_aside(f"{self.path}: {data.count(10)} lines are not written")
                     return
             self._pause(BATCH_SECONDS)
 
@@ -214,8 +242,9 @@ class File:
         # shared folder may not be mounted.
         path.parent.mkdir(exist_ok=True)
         with contextlib.suppress(FileNotFoundError):
-            if path.stat().st_size >= self._limit:
-                rotate(path)
+            seen = path.stat()
+            if seen.st_size >= self._limit:
+                rotate(path, seen)
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
         try:
             return os.write(fd, data)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from gleaner import joblog
+from gleaner import joblog, journal
 from tests.unit.fakes import wait_for
 
 LABEL = "fast 41.1 vasp-02"
@@ -201,6 +201,49 @@ def test_the_end_is_not_waited_for_longer_than_said(
     file.close(0.1)
     assert "the last lines are not written: the file system does not answer" in capfd.readouterr().err
     disk.goes.set()
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_that_the_last_lines_are_lost_is_not_told_to_those_that_lose_them(
+    made: Callable[..., joblog.File], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], fails: bool
+) -> None:
+    disk = Hangs(monkeypatch)
+    if fails:
+        monkeypatch.setattr(joblog.File, "_append", lambda *_: os.write(-1, b""))
+    file = made()
+    monkeypatch.setattr(journal, "_taker", file.say)
+    file.put([b"first"])
+    assert fails or disk.reached.wait(10)
+    file.close(10 if fails else 0.1)
+    assert f"Z {LABEL}: {file.path}: " in (said := capfd.readouterr().err)
+    assert "lines are not written" in said
+    disk.goes.set()
+
+
+def test_two_writers_put_a_file_aside_once(tmp_path: Path) -> None:
+    path = tmp_path / "router.log"
+    path.write_text("large")
+    seen = path.stat()
+    joblog.rotate(path, seen)
+    path.write_text("new, and larger")
+    joblog.rotate(path, seen)
+    (tmp_path / "router.log.2").write_text("older")
+    path.write_text("")
+    joblog.rotate(path, path.stat())
+    assert {each.name: each.read_text() for each in tmp_path.iterdir()} == {
+        "router.log.1": "",
+        "router.log.2": "large",
+        "router.log.3": "older",
+    }
+
+
+def test_a_file_that_another_writer_took_in_this_moment_is_not_missed(tmp_path: Path) -> None:
+    path = tmp_path / "router.log"
+    path.write_text("large")
+    seen = path.stat()
+    path.unlink()
+    joblog.rotate(path, seen)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_lines_are_told_whole(pipe: tuple[int, list[bytes]]) -> None:

@@ -296,7 +296,7 @@ def test_what_is_said_later_is_followed(
 
     assert until_told() == []
     site.write(41, "router.log", said(3, "three"))
-    joblog.rotate(log)
+    joblog.rotate(log, log.stat())
     site.write(41, "router.log", said(4, "four"))
     site.write(44, "supervisor.log", said(5, "another job", job=44))
     site.event(6, Kind.SERVING, job=44)
