@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gleaner import engine, events, files, heartbeat, joblog, life, line, record, slurm
+from gleaner import bounded, engine, events, files, heartbeat, joblog, life, line, record, slurm
 from gleaner.events import Kind
 from gleaner.journal import OnChange, divert, say
 from gleaner.states import Cause, Exit
@@ -34,6 +34,8 @@ GREETING_SECONDS = 5.0
 STOP_SECONDS = 1.0
 LEAVE_SECONDS = 3.0
 WITHDRAW_SECONDS = 1.0
+# For the last words of all kinds together, when the withdrawal has waited in vain.
+LAST_WORDS_SECONDS = 0.5
 # A gateway without a line to us learns of a withdrawal within this time, from the record or from Slurm. Until then it
 # may hand over one more request, also on a connection that a stopping server still holds, and no idleness is believed.
 ROUTED_SECONDS = 1.5
@@ -208,8 +210,18 @@ class Phase(enum.Enum):
 class Supervisor:
     """One selector loop over agents, signals, the job step and a tick."""
 
-    def __init__(self, plan: Plan, where: JobEnvironment, registry: Path, logs: Path, log: joblog.File) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        where: JobEnvironment,
+        registry: Path,
+        logs: Path,
+        log: joblog.File,
+        patience: bounded.Patience,
+    ) -> None:
         self.plan, self.where, self.logs = plan, where, logs
+        # With the shared file system.
+        self.patience = patience
         # What we say ourselves; the agents' words and srun's come through us, too.
         self.log = log
         self.said: joblog.Reader | None = None
@@ -286,7 +298,8 @@ class Supervisor:
             self._tick()
         self._leave()
         if self.said is not None:
-            self.said.join(WITHDRAW_SECONDS)
+            # Somebody may still hold the pipe; what was said has to be written all the same.
+            self.patience.spend(self.said.join, self.patience.left / 2)
         self.signals.deafen()
         return self.exit
 
@@ -619,6 +632,7 @@ class Supervisor:
 
     def _ready(self) -> None:
         self.phase = Phase.SERVING
+        self.patience.renew()
         self._tell_all({"loaded": self.start})
         say(f"serving on {self.home}:{self.plan.port}")
         self.events.add(Kind.SERVING)
@@ -674,8 +688,10 @@ class Supervisor:
         if self.retracted:
             for channel in self.gateways:
                 self._tell_gateway(channel)
-        if not self.publisher.withdraw(WITHDRAW_SECONDS):
-            say(f"record: not removed within {WITHDRAW_SECONDS:g} s, still trying")
+        if self.patience.spend(self.publisher.withdraw, self.patience.left - LAST_WORDS_SECONDS):
+            self.patience.renew()
+        else:
+            say("record: not removed in time, still trying")
 
     # Stopping
 
@@ -753,10 +769,8 @@ class Supervisor:
                     os.killpg(self.step.pid, signal.SIGKILL)
         # Slurm ends us when we requeue the job.
         self.events.add(Kind.LEFT, exit=int(self.exit))
-        # A file system that hangs is waited for once, not for each.
-        deadline = time.monotonic() + WITHDRAW_SECONDS
-        self.events.close(WITHDRAW_SECONDS)
-        self.pulse.stop(max(0.0, deadline - time.monotonic()))
+        self.patience.spend(self.events.close)
+        self.patience.spend(self.pulse.stop)
         if self.cause is not None and self.cause.requeues and self._ask_why().requeues:
             self._requeue()
 
@@ -800,16 +814,17 @@ def label_of(tier: str) -> str:
 def run(args: argparse.Namespace) -> int:
     log = joblog.own(label_of(args.plan.stem))
     divert(log.say)
+    patience = bounded.Patience(WITHDRAW_SECONDS + LAST_WORDS_SECONDS)
     try:
-        return supervise(args, log)
+        return supervise(args, log, patience)
     except Exception:
         say(f"a fault of gleaner, please report it: {traceback.format_exc()}")
         return 1
     finally:
-        log.close(WITHDRAW_SECONDS)
+        patience.spend(log.close)
 
 
-def supervise(args: argparse.Namespace, log: joblog.File) -> int:
+def supervise(args: argparse.Namespace, log: joblog.File, patience: bounded.Patience) -> int:
     shared = args.plan.resolve().parent.parent
     registry = args.registry or shared / "endpoints"
     try:
@@ -820,7 +835,7 @@ def supervise(args: argparse.Namespace, log: joblog.File) -> int:
         name_build(plan.engine, logs)
         if not os.access(registry, os.W_OK):
             raise PlanError(f"{registry}: not a folder that uid {os.geteuid()} can write: run playbooks/tiers.yml")
-        supervisor = Supervisor(plan, where, registry, logs, log)
+        supervisor = Supervisor(plan, where, registry, logs, log, patience)
     except (PlanError, OSError) as error:
         say(f"refused: {error}")
         return Exit.REFUSED

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from gleaner import heartbeat, joblog, record, supervisor, tensor_cache
+from gleaner import bounded, heartbeat, joblog, record, supervisor, tensor_cache
 from gleaner.states import Exit
 from tests.unit.fakes import Home, alive, home, job_text, wait_for
 
@@ -183,7 +183,9 @@ def test_a_node_that_is_silent_on_one_network_is_lost(
     place: Home, capfd: pytest.CaptureFixture[str], log: joblog.File, network: int, name: str
 ) -> None:
     where = supervisor.JobEnvironment(41, 0, "vasp-01", tuple(NODES))
-    child = supervisor.Supervisor(supervisor.Plan.load(plan(place)), where, place.registry, place.root, log)
+    child = supervisor.Supervisor(
+        supervisor.Plan.load(plan(place)), where, place.registry, place.root, log, bounded.Patience(1)
+    )
     child.phase = supervisor.Phase.SERVING
     with contextlib.ExitStack() as stack:
         stack.callback(child.signals.close)

@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 
-from gleaner import events, joblog, life, line, record, supervisor
+from gleaner import bounded, events, joblog, life, line, record, supervisor
 from gleaner.engine import Manifest, sums
 from gleaner.events import Kind
 from gleaner.states import Cause, Exit
@@ -228,7 +228,9 @@ def test_server_that_keeps_dying_fails_the_job(
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(supervisor, "RESTART_PAUSES", (0.1, 0.2, 0.3))
     where = supervisor.JobEnvironment(job=41, restart=1, node="vasp-02", nodes=("vasp-02",))
-    one = supervisor.Supervisor(supervisor.Plan.load(plan(place)), where, place.registry, place.root, log)
+    one = supervisor.Supervisor(
+        supervisor.Plan.load(plan(place)), where, place.registry, place.root, log, bounded.Patience(1)
+    )
     with contextlib.closing(one.signals):
         assert one.run() == Exit.SERVER_FAILED
     assert len(place.started) == 4
@@ -493,7 +495,9 @@ def test_agents_hear_a_beat_before_each_question_to_slurm(
     place: Home, monkeypatch: pytest.MonkeyPatch, log: joblog.File
 ) -> None:
     where = supervisor.JobEnvironment(41, 0, "vasp-02", ("vasp-02",))
-    child = supervisor.Supervisor(supervisor.Plan.load(plan(place)), where, place.registry, place.root, log)
+    child = supervisor.Supervisor(
+        supervisor.Plan.load(plan(place)), where, place.registry, place.root, log, bounded.Patience(1)
+    )
     heard: list[Any] = []
     asked: list[list[Any]] = []
 
@@ -602,6 +606,31 @@ def test_a_tier_starts_only_on_a_sound_gpu(place: Home, errors: int) -> None:
         assert place.started == []
     else:
         wait_for(lambda: served(place))
+
+
+@pytest.mark.parametrize("again", [1, 2])
+def test_a_file_system_that_hangs_is_waited_for_once(
+    place: Home, monkeypatch: pytest.MonkeyPatch, log: joblog.File, again: int
+) -> None:
+    where = supervisor.JobEnvironment(41, 0, "vasp-02", ("vasp-02",))
+    patience = bounded.Patience(supervisor.WITHDRAW_SECONDS + supervisor.LAST_WORDS_SECONDS)
+    child = supervisor.Supervisor(Plan.load(plan(place)), where, place.registry, place.root, log, patience)
+    waited: list[float] = []
+
+    def hangs(seconds: float) -> bool:
+        waited.append(seconds)
+        time.sleep(seconds)
+        return False
+
+    monkeypatch.setattr(child.publisher, "withdraw", hangs)
+    monkeypatch.setattr(child.events, "close", hangs)
+    monkeypatch.setattr(child.pulse, "stop", hangs)
+    with contextlib.closing(child.signals):
+        for _ in range(again):
+            child._withdraw("signal")
+        child._leave()
+    assert waited[0] == pytest.approx(supervisor.WITHDRAW_SECONDS)
+    assert sum(waited) == pytest.approx(supervisor.WITHDRAW_SECONDS + supervisor.LAST_WORDS_SECONDS, abs=0.1)
 
 
 def test_stranger_on_the_heartbeat_port_changes_nothing(place: Home) -> None:
