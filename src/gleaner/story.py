@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from gleaner import events, joblog, report, upstream
+from gleaner import bounded, events, joblog, report, upstream
 from gleaner.events import Event, Kind
 from gleaner.journal import stamp
 from gleaner.states import Cause, Exit
@@ -43,6 +43,10 @@ READ_LIMIT = 16 << 10
 ENTRY_LIMIT = 1 << 20
 LINES_LIMIT = 100_000
 POLL_SECONDS = 1.0
+# For the shared file system to show its folders.
+SHARED_SECONDS = 5.0
+EXIT_REFUSED = 2
+EXIT_UNSEEN = 3
 LOOK_SECONDS = 2.0
 
 _UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
@@ -105,6 +109,21 @@ def open_file(path: Path) -> BinaryIO:
 
 def told(path: Path, error: OSError) -> str:
     return f"{path}: {error.strerror}"
+
+
+def require_answer(registry: Path) -> None:
+    """TimeoutError when the shared file system hangs, which nothing ends that reads from it.
+
+    What it has else to say, also that something is missing, is for whoever reads it.
+    """
+
+    def look() -> None:
+        # Opened, since names may be remembered.
+        for folder in (registry.parent / "logs", events.folder_of(registry)):
+            with contextlib.suppress(OSError):
+                os.listdir(folder)
+
+    bounded.ask(str(registry.parent), look, SHARED_SECONDS)
 
 
 class Source:
@@ -472,6 +491,7 @@ def _job(text: str) -> int:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = f"Exit code {EXIT_REFUSED}: no such tier or job; {EXIT_UNSEEN}: the shared file system hangs."
     parser.add_argument("tier", help="the tier's name in the inventory")
     parser.add_argument(
         "--since",
@@ -507,16 +527,23 @@ def run(args: argparse.Namespace) -> int:
         known = [tier.tier for tier in config.tiers]
         if args.tier not in known:
             raise ValueError(f"tier: got {args.tier!r}, want one of {', '.join(known)}")
+        require_answer(config.registry)
         story = Story(config, args.tier, args.job, since, problems)
         if args.job is not None and args.job not in story.known_jobs:
             jobs = ", ".join(map(str, Story(config, args.tier, None, 0.0, problems).known_jobs[-10:]))
             raise ValueError(
                 f"--job: got {args.job}, want one of {args.tier}'s that left something: {jobs or 'none did'}"
             )
+    except TimeoutError as error:
+        cure = (
+            f"see why the shared file system hangs; meanwhile `journalctl --unit={' --unit='.join(UNITS)}` tells more"
+        )
+        print(f"error: {error}: {cure}", file=sys.stderr)
+        return EXIT_UNSEEN
     except ValueError as error:
         problems.tell()
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return EXIT_REFUSED
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A terminal that lacks a character is no reason to stop.
         sys.stdout.reconfigure(errors="replace")

@@ -137,6 +137,27 @@ def test_events_in_words(kind: Kind, more: dict[str, Any], words: str) -> None:
     assert story.in_words(Event(BEGIN, "fast", 41, 0, kind, more)) == words
 
 
+def test_a_shared_file_system_that_hangs_is_named_and_not_waited_for(
+    site: Site, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site.write(41, "supervisor.log", said(1, "one"))
+    goes, really = threading.Event(), os.listdir
+
+    def hangs(folder: Path) -> list[str]:
+        assert goes.wait(30)
+        return really(folder)
+
+    monkeypatch.setattr(story, "SHARED_SECONDS", 0.1)
+    monkeypatch.setattr(os, "listdir", hangs)
+    try:
+        assert site.log() == 3
+    finally:
+        goes.set()
+    output, errors = capsys.readouterr()
+    assert output == ""
+    assert errors.startswith(f"error: {site.logs.parent}: no answer within 0.1 s: see why the shared file system hangs")
+
+
 def test_a_refused_job_has_a_story(site: Site, capsys: pytest.CaptureFixture[str]) -> None:
     child = site.place.start(
         "supervise", "--plan", str(site.place.plans / "fast.json"), SLURM_JOB_ID="41", SLURMD_NODENAME="vasp-02"
