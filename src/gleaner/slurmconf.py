@@ -339,34 +339,58 @@ def included(text: str, path: str) -> list[str]:
     return [str(PurePosixPath(path).parent / name) for name in found]
 
 
+# Comments are cut off before slurmctld looks for a backslash at the end.
+_REMARK = re.compile(r"(?<!\\)#.*")
+_BREAK = r"\\[ \t\r]*\n"
+_ASSIGNMENT = re.compile(rf'(\w+)(?:[ \t]|{_BREAK})*[-+*/]?=(?:[ \t]|{_BREAK})*("[^"\n]*"|(?:{_BREAK}|\S)+)')
+
+
 def _end(rows: list[str], start: int) -> int:
     """The row at which the line of this row ends, which goes on behind a backslash."""
     end = start
-    while rows[end].endswith("\\") and end + 1 < len(rows):
+    while _REMARK.sub("", rows[end]).rstrip().endswith("\\") and end + 1 < len(rows):
         end += 1
     return end
 
 
+def _starts(rows: list[str]) -> list[int]:
+    """The rows at which lines begin."""
+    found, number = [], 0
+    while number < len(rows):
+        found.append(number)
+        number = _end(rows, number) + 1
+    return found
+
+
+def _assignments(text: str, key: str) -> list[re.Match[str]]:
+    """Where a line, of one or more rows, sets this key of the whole cluster."""
+    # Of the same length, so that places hold.
+    code = _REMARK.sub(lambda remark: " " * len(remark.group()), text)
+    if _ABOVE_NODES.match(code):
+        return []
+    return [found for found in _ASSIGNMENT.finditer(code) if found.group(1).lower() == key.lower()]
+
+
 def _with_key(rows: list[str], line: str) -> bool:
-    """Have the line of its key read so, in place; False when there is none."""
-    mine = re.compile(rf"\s*{re.escape(line.partition('=')[0])}\s*=", re.IGNORECASE)
-    at = None
-    for number in reversed([number for number, row in enumerate(rows) if mine.match(row)]):
-        if at is not None:
+    """Have the last line of its key read so, and no other line set it, in place; False when there is none."""
+    held = False
+    for start in reversed(_starts(rows)):
+        end = _end(rows, start) + 1
+        text = "\n".join(rows[start:end])
+        for found in reversed(_assignments(text, line.partition("=")[0])):
             # slurmctld takes the last of several.
-            del rows[number : _end(rows, number) + 1]
-            at -= 1
-            continue
-        remark = re.search(r"\s+#.*$", rows[_end(rows, number)])
-        rows[number : _end(rows, number) + 1] = [line + (remark.group() if remark else "")]
-        at = number
-    return at is not None
+            text = text[: found.start()] + ("" if held else line) + text[found.end() :]
+            rest = _REMARK.sub("", text)
+            rows[start:end] = text.split("\n") if rest.strip(" \t\r\n\\") else []
+            end = start + len(text.split("\n"))
+            held = True
+    return held
 
 
 def _with_partition(rows: list[str], name: str, options: Iterable[str]) -> bool:
     """Have the partition's line hold these options, in place; False when there is none."""
     mine = re.compile(rf"\s*PartitionName\s*=\s*{re.escape(name)}(\s|$)", re.IGNORECASE)
-    start = next((number for number, row in enumerate(rows) if mine.match(row)), None)
+    start = next((number for number in _starts(rows) if mine.match(rows[number])), None)
     if start is None:
         return False
     end = _end(rows, start)
@@ -403,7 +427,7 @@ def with_lines(files: Mapping[str, str], lines: Iterable[str], live_partitions: 
         if key != "PartitionName":
             held = [_with_key(rows, line) for rows in texts.values()]
             if not any(held):
-                first = (number for number, row in enumerate(main) if _ABOVE_NODES.match(row))
+                first = (number for number in _starts(main) if _ABOVE_NODES.match(main[number]))
                 main.insert(next(first, len(main) - 1), line)
             continue
         name, *options = value.split()

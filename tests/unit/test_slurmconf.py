@@ -350,6 +350,39 @@ def test_a_line_that_goes_on_is_replaced_whole() -> None:
     assert written("GresTypes=gpu") == FILE.replace("GresTypes=mps,\\\ngpu", "GresTypes=gpu")
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (
+            "PreemptType=preempt/none SchedulerType=sched/backfill\n",
+            "PreemptType=preempt/qos SchedulerType=sched/backfill\n",
+        ),
+        ("SchedulerType=a  preempttype = preempt/none # b\n", "SchedulerType=a  PreemptType=preempt/qos # b\n"),
+        (
+            "SchedulerType=a \\\n  PreemptType=none \\\n  JobRequeue=1\n",
+            "SchedulerType=a \\\n  PreemptType=preempt/qos \\\n  JobRequeue=1\n",
+        ),
+        ("PreemptType=none JobRequeue=1\nPreemptType=none\n", " JobRequeue=1\nPreemptType=preempt/qos\n"),
+        ("JobRequeue=1 # PreemptType=none\n", "JobRequeue=1 # PreemptType=none\nPreemptType=preempt/qos\n"),
+        ("PreemptType=none \\  \n# not PreemptType=a\n", "PreemptType=preempt/qos \\  \n# not PreemptType=a\n"),
+        ("JobRequeue=1 # goes on \\\nPreemptType=none\n", "JobRequeue=1 # goes on \\\nPreemptType=preempt/qos\n"),
+        (
+            "NodeName=a Reason=b \\\nPreemptType=none\n",
+            "PreemptType=preempt/qos\nNodeName=a Reason=b \\\nPreemptType=none\n",
+        ),
+    ],
+)
+def test_only_the_key_itself_is_replaced(text: str, expected: str) -> None:
+    once = slurmconf.with_lines({PATH: text}, ["PreemptType=preempt/qos"])
+    assert once == {PATH: expected}
+    assert slurmconf.with_lines(once, ["PreemptType=preempt/qos"]) == once
+
+
+def test_an_option_of_a_partition_is_no_key_of_the_cluster() -> None:
+    text = "PartitionName=a Nodes=b \\\n  PreemptMode=off \\\n  State=UP\n"
+    assert slurmconf.with_lines({PATH: text}, ["PreemptMode=REQUEUE"]) == {PATH: f"PreemptMode=REQUEUE\n{text}"}
+
+
 def test_a_remark_behind_a_line_stays() -> None:
     once = slurmconf.with_lines({PATH: "preemptmode = off   # as agreed\n"}, ["PreemptMode=REQUEUE"])
     assert once == {PATH: "PreemptMode=REQUEUE   # as agreed\n"}
