@@ -83,10 +83,13 @@ def policy_gap(show_config: str, version: str) -> list[str]:
             old = _lacking(live, "SlurmctldParameters", "preempt_send_user_signal", "old")
             if old:
                 lines += _lacking(live, key, wanted, f"{key}={','.join([*options, wanted])}")
+        elif key == "PreemptMode":
+            # The QoS of the tiers has a mode of its own: whichever the site chose for the others stays.
+            kept = [option for option in _options(live.get(key, "")) if option.lower() != "off"]
+            if all(option.lower() in ("gang", "within") for option in kept):
+                lines.append(f"{key}={','.join([*kept, wanted])}")
         else:
-            # These stand beside a mode. Jobs that gang scheduling has suspended would stay so without it.
-            kept = [option for option in _options(live.get(key, "")) if option.lower() in ("gang", "within")]
-            lines += _lacking(live, key, wanted, f"{key}={','.join([*kept, wanted])}")
+            lines += _lacking(live, key, wanted, f"{key}={wanted}")
     # Memory must be a consumable, or a job's --mem bounds nothing.
     select = live.get("SelectTypeParameters", "")
     if "memory" not in select.lower():
@@ -231,6 +234,44 @@ def _node_problems(
         )
 
 
+def _denials(wanted: Mapping[str, Any], live: Mapping[str, str]) -> Iterable[Problem]:
+    """What of a partition's jobs it refuses by name; ``live`` is empty where it is not there yet."""
+    account = [str(wanted["account"])] if wanted.get("account") else []
+    for option, what, names in (("DenyQos", "QoS", list(wanted["qos"])), ("DenyAccounts", "account", account)):
+        denied = _options(live.get(option, ""))
+        for name in names:
+            if name.lower() in map(str.lower, denied):
+                yield Problem(
+                    f"{what} of partition {wanted['name']}",
+                    name,
+                    f"{'a QoS' if what == 'QoS' else 'an account'} that its {option} does not name "
+                    f"({', '.join(denied)})",
+                    f"take it out there, or name another partition or {what}",
+                )
+
+
+def _preemption_problems(config: Mapping[str, str], ai_qos: str) -> Iterable[Problem]:
+    """What the site has decided of its own preemption, by which ours cannot be."""
+    plugin = config.get("PreemptType", "")
+    if plugin.lower() not in ("", "none", "preempt/none", "preempt/qos"):
+        yield Problem(
+            "PreemptType",
+            plugin,
+            "preempt/qos, or none yet: with another one here the site's own preemption would end",
+            "whoever manages Slurm moves it to QoS first (sacctmgr modify qos NAME set Preempt=OTHERS), then sets "
+            "PreemptType=preempt/qos in slurm.conf and restarts slurmctld",
+        )
+    exempt = config.get("PreemptExemptTime", "")
+    if exempt.lower() not in ("", "none", "-1", "0", "00:00:00"):
+        yield Problem(
+            "PreemptExemptTime",
+            exempt,
+            f"00:00:00, as QoS {ai_qos} would inherit it, and paying jobs wait so long for a tier that has just begun",
+            "whoever manages Slurm gives it to the QoS that are to have it (sacctmgr modify qos NAME set "
+            "PreemptExemptTime=TIME), then takes it out of slurm.conf and restarts slurmctld",
+        )
+
+
 def cluster_problems(
     show_config: str,
     show_partition: str,
@@ -269,6 +310,7 @@ def cluster_problems(
                 "AccountingStorageEnforce=associations,qos in slurm.conf and restart slurmctld",
             )
         )
+    problems += _preemption_problems(config, str(wanted["ai_qos"]))
     live = {entry["NodeName"]: entry for entry in _entries(show_node, "NodeName", "node")}
     unknown = [name for name in wanted["nodes"] if name not in live]
     if unknown:
@@ -283,17 +325,7 @@ def cluster_problems(
         return problems
     partitions = _partitions(show_partition)
     for partition in wanted["partitions"]:
-        denied = _options(partitions.get(partition["name"], {}).get("DenyQos", ""))
-        problems += [
-            Problem(
-                f"QoS of partition {partition['name']}",
-                qos,
-                f"a QoS that its DenyQos does not name ({', '.join(denied)})",
-                "take it out there, or name another partition or QoS",
-            )
-            for qos in partition["qos"]
-            if qos in denied
-        ]
+        problems += _denials(partition, partitions.get(partition["name"], {}))
     ours = next((one["name"] for one in wanted["partitions"] if wanted["ai_qos"] in one["qos"]), None)
     there = ours if ours in partitions else None
     foreign = [

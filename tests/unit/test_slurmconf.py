@@ -120,8 +120,9 @@ def test_an_old_version_gets_the_old_key() -> None:
     assert slurmconf.policy_gap(CONFIG, "22.05.8") == ["SlurmctldParameters=enable_configless,preempt_send_user_signal"]
 
 
-def test_gang_scheduling_beside_requeue_is_fine() -> None:
-    live = config(PreemptMode="GANG,REQUEUE", PreemptParameters="send_user_signal")
+@pytest.mark.parametrize("mode", ["GANG,REQUEUE", "CANCEL", "GANG,SUSPEND", "CANCEL,WITHIN"])
+def test_the_sites_own_way_to_preempt_stays(mode: str) -> None:
+    live = config(PreemptMode=mode, PreemptParameters="send_user_signal")
     assert slurmconf.policy_gap(live, "24.11.5") == []
 
 
@@ -149,9 +150,9 @@ def test_a_cluster_that_counts_nodes_is_told_so_by_the_line_that_would_lose_its_
     [
         ("PreemptType", "preempt/none", "PreemptType=preempt/qos"),
         ("PreemptMode", "OFF", "PreemptMode=REQUEUE"),
-        ("PreemptMode", "CANCEL", "PreemptMode=REQUEUE"),
-        ("PreemptMode", "GANG,SUSPEND", "PreemptMode=GANG,REQUEUE"),
-        ("PreemptMode", "CANCEL,WITHIN", "PreemptMode=WITHIN,REQUEUE"),
+        ("PreemptType", "(null)", "PreemptType=preempt/qos"),
+        ("PreemptMode", "GANG", "PreemptMode=GANG,REQUEUE"),
+        ("PreemptMode", "(null)", "PreemptMode=REQUEUE"),
         ("SelectType", "select/linear", "SelectType=select/cons_tres"),
         ("SelectTypeParameters", "NONE", "SelectTypeParameters=CR_Core_Memory"),
         ("SelectTypeParameters", "CR_CORE", "SelectTypeParameters=CR_CORE_Memory"),
@@ -270,6 +271,21 @@ def test_what_would_lock_out_users_without_an_association_is_the_sites_to_do() -
         assert problem.startswith("AccountingStorageEnforce = none; wanted associations at least")
 
 
+def test_the_sites_own_preemption_is_not_ended() -> None:
+    (problem,) = problems(nodes(), show_config=config(PreemptType="preempt/partition_prio"))
+    assert problem.startswith("PreemptType = preempt/partition_prio; wanted preempt/qos, or none yet")
+    assert "the site's own preemption would end" in problem
+    for none in ("preempt/none", "none", "(null)"):
+        assert problems(nodes(), show_config=config(PreemptType=none)) == []
+
+
+def test_a_time_in_which_no_tier_could_be_preempted_is_named() -> None:
+    (problem,) = problems(nodes(), show_config=f"{CONFIG}PreemptExemptTime = 01:00:00\n")
+    assert problem.startswith("PreemptExemptTime = 01:00:00; wanted 00:00:00, as QoS ai_opportunistic would inherit")
+    for none in ("00:00:00", "NONE", "-1", "(null)"):
+        assert problems(nodes(), show_config=f"{CONFIG}PreemptExemptTime = {none}\n") == []
+
+
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
@@ -307,6 +323,13 @@ def test_a_partition_that_is_not_there_yet_holds_nothing_wrong() -> None:
 def test_a_qos_that_a_partition_denies_is_named() -> None:
     (problem,) = problems(nodes(), PARTITIONS.replace("AllowQos=normal,debug", "DenyQos=ai_opportunistic"))
     assert problem.startswith("QoS of partition gpu = ai_opportunistic; wanted a QoS that its DenyQos does not name")
+
+
+def test_an_account_that_a_partition_denies_is_named() -> None:
+    (problem,) = problems(nodes(), PARTITIONS.replace("AllowAccounts=physics", "DenyAccounts=chemistry,AI"))
+    assert problem.startswith(
+        "account of partition gpu = ai; wanted an account that its DenyAccounts does not name (chemistry, AI); cure:"
+    )
 
 
 def test_qos_whose_jobs_wait_are_named() -> None:

@@ -30,7 +30,7 @@ OLD = os.environ.get("GLEANER_LAB_SUITE") == "bookworm"
 SIGNAL = "SlurmctldParameters=preempt_send_user_signal" if OLD else "PreemptParameters=send_user_signal"
 ENFORCE = "AccountingStorageEnforce=associations,limits,qos"
 PARTITION = "PartitionName=gpu AllowQos=physics_prio,debug,ai_opportunistic AllowAccounts=physics,ai"
-LINES = ["PreemptMode=REQUEUE", SIGNAL, ENFORCE, PARTITION]
+LINES = [SIGNAL, ENFORCE, PARTITION]
 COMMANDS = [
     "sacctmgr -i add qos name=ai_opportunistic GraceTime=30 PreemptMode=requeue",
     "sacctmgr -i modify qos name=physics_prio set Preempt+=ai_opportunistic",
@@ -40,8 +40,6 @@ COMMANDS = [
 # What is changed in the files, as an administrator would see it in a diff.
 FILES_DIFF = {
     "slurm.conf": [
-        "-preemptmode = Cancel    # scavengers may be killed",
-        "+PreemptMode=REQUEUE    # scavengers may be killed",
         "-AccountingStorageEnforce=associations,\\",
         "-limits",
         f"+{ENFORCE}",
