@@ -144,8 +144,8 @@ def slurm_conf_nodes(text: str) -> list[str]:
     return slurmconf.nodes(str(text))
 
 
-def slurm_losing_jobs(lines: Iterable[str]) -> list[str]:
-    return slurmconf.losing_jobs(_plain(list(lines)))
+def slurm_by_hand(lines: Iterable[str], show_config: str) -> list[str]:
+    return slurmconf.by_hand(_plain(list(lines)), str(show_config))
 
 
 def slurm_partition_gap(
@@ -202,10 +202,10 @@ class FilterModule:
             "site_problems": site_problems,
             "slurm_accounting_policy": slurm_accounting_policy,
             "slurm_conf_nodes": slurm_conf_nodes,
+            "slurm_by_hand": slurm_by_hand,
             "slurm_cluster_problems": slurm_cluster_problems,
             "slurm_conf_included": slurm_conf_included,
             "slurm_conf_with": slurm_conf_with,
-            "slurm_losing_jobs": slurm_losing_jobs,
             "slurm_partition_gap": slurm_partition_gap,
             "slurm_policy_gap": slurm_policy_gap,
             "slurm_preemption_settings": slurm_preemption_settings,

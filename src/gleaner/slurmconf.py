@@ -109,14 +109,28 @@ def policy_gap(show_config: str, version: str) -> list[str]:
     return lines
 
 
-def losing_jobs(lines: Iterable[str]) -> list[str]:
-    """Those of these lines of slurm.conf by which slurmctld loses the jobs that it has, running and pending.
+def by_hand(lines: Iterable[str], show_config: str) -> list[str]:
+    """Those of these lines of slurm.conf that nobody is to write unasked, each with the reason.
 
-    slurm.conf(5) says so of SelectType, as each plugin has a format of its own for saved jobs, and excepts only the
-    way from cons_res to cons_tres. 24.11.5 kept them when tried, which nothing promises. By the other keys that
-    ``policy_gap`` and ``partition_gap`` name, jobs wait at worst.
+    slurm.conf(5) says of SelectType that slurmctld loses its jobs, as each plugin has a format of its own for saved
+    jobs, and excepts only the way from cons_res to cons_tres. 24.11.5 kept them when tried, which nothing promises.
+    Where memory becomes a consumable without a default, each job that names none is given its nodes whole. By the
+    other keys that ``policy_gap`` and ``partition_gap`` name, jobs wait at worst.
     """
-    return [line for line in lines if line.partition("=")[0].lower() == "selecttype"]
+    live = parse_show_config(show_config)
+    defaults = [live.get(key, "") for key in ("DefMemPerCPU", "DefMemPerNode")]
+    bounded = any(value.isdigit() and int(value) > 0 for value in defaults)
+    found = []
+    for line in lines:
+        key = line.partition("=")[0].lower()
+        if key == "selecttype":
+            found.append(f"{line}: in a drained cluster, as all jobs are lost, running and pending, says slurm.conf(5)")
+        if key == "selecttypeparameters" and not bounded:
+            found.append(
+                f"{line}: with DefMemPerCPU or DefMemPerNode beside it, which is not set, as each job without --mem "
+                "would get all memory of its nodes, and others wait for it"
+            )
+    return found
 
 
 def _entries(text: str, key: str, what: str) -> list[dict[str, str]]:

@@ -126,23 +126,36 @@ def test_the_sites_own_way_to_preempt_stays(mode: str) -> None:
     assert slurmconf.policy_gap(live, "24.11.5") == []
 
 
+def with_default_memory(key: str, value: str) -> str:
+    return f"{CONFIG}{key:<23} = {value}\n"
+
+
 @pytest.mark.parametrize(
-    ("lines", "losing"),
+    "lines",
     [
-        (["PreemptMode=REQUEUE", "SelectType=select/cons_tres"], ["SelectType=select/cons_tres"]),
-        (["SelectTypeParameters=CR_Core_Memory", "PartitionName=gpu_ai Nodes=vasp-01", "GresTypes=gpu"], []),
-        ([], []),
+        ["PreemptMode=REQUEUE", "SelectTypeParameters=CR_Core_Memory", "GresTypes=gpu"],
+        ["PartitionName=gpu_ai Nodes=vasp-01"],
+        [],
     ],
 )
-def test_another_select_plugin_loses_the_jobs(lines: list[str], losing: list[str]) -> None:
-    assert slurmconf.losing_jobs(lines) == losing
+@pytest.mark.parametrize("key", ["DefMemPerCPU", "DefMemPerNode"])
+def test_what_makes_jobs_wait_at_worst_may_be_applied(lines: list[str], key: str) -> None:
+    assert slurmconf.by_hand(lines, with_default_memory(key, "1000")) == []
 
 
 def test_a_cluster_that_counts_nodes_is_told_so_by_the_line_that_would_lose_its_jobs() -> None:
     live = config(SelectType="select/linear", SelectTypeParameters="NONE", PreemptParameters="send_user_signal")
     gap = slurmconf.policy_gap(live, "24.11.5")
     assert gap == ["SelectTypeParameters=CR_Core_Memory", "SelectType=select/cons_tres"]
-    assert slurmconf.losing_jobs(gap) == ["SelectType=select/cons_tres"]
+    (reason,) = slurmconf.by_hand(gap, with_default_memory("DefMemPerCPU", "1000"))
+    assert reason.startswith("SelectType=select/cons_tres: in a drained cluster")
+
+
+@pytest.mark.parametrize("live", [CONFIG, *(with_default_memory("DefMemPerNode", one) for one in ("UNLIMITED", "0"))])
+def test_memory_that_no_default_bounds_is_not_made_a_consumable_unasked(live: str) -> None:
+    (reason,) = slurmconf.by_hand(["SelectTypeParameters=CR_CPU_Memory", "JobRequeue=1"], live)
+    assert reason.startswith("SelectTypeParameters=CR_CPU_Memory: with DefMemPerCPU or DefMemPerNode beside it")
+    assert "each job without --mem would get all memory of its nodes" in reason
 
 
 @pytest.mark.parametrize(
