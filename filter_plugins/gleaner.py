@@ -149,9 +149,10 @@ def slurm_by_hand(lines: Iterable[str], show_config: str) -> list[str]:
 
 
 def slurm_partition_gap(
-    show_partition: str, wanted: Iterable[Mapping[str, Any]], site_nodes: Iterable[str]
+    show_partition: str, wanted: Iterable[Mapping[str, Any]], site_nodes: Iterable[str], groups: Iterable[str] = ()
 ) -> list[str]:
-    return slurmconf.partition_gap(str(show_partition), _plain(list(wanted)), _plain(list(site_nodes)))
+    asked = (_plain(list(wanted)), _plain(list(site_nodes)), _plain(list(groups)))
+    return slurmconf.partition_gap(str(show_partition), *asked)
 
 
 def slurm_cluster_problems(

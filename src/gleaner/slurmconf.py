@@ -165,15 +165,19 @@ def _widened(live: Mapping[str, str], option: str, wanted: Iterable[str]) -> lis
     return [] if "all" in known or not lacking else [f"{option}={','.join([*have, *lacking])}"]
 
 
-def partition_gap(show_partition: str, wanted: Iterable[Mapping[str, Any]], site: Iterable[str]) -> list[str]:
+def partition_gap(
+    show_partition: str, wanted: Iterable[Mapping[str, Any]], site: Iterable[str], groups: Iterable[str] = ()
+) -> list[str]:
     """The partition lines that slurm.conf lacks, as they must read; empty for none.
 
     ``show_partition`` is the output of ``scontrol --oneliner show partition``, ``site`` the nodes of the inventory.
     ``wanted`` has ``name`` and ``qos`` (a list) of each partition that is needed, and may have the ``account`` and the
-    ``group`` of its jobs. A partition that exists is others', too: its lists only gain what they lack, and one that
-    admits everybody stays as it is. Raises ValueError when a line of ``show_partition`` is no partition.
+    ``user`` of its jobs. ``groups`` are that user's, the primary one first; without any, its group will be named like
+    it. One of them is enough. A partition that exists is others', too: its lists only gain what they lack, and one
+    that admits everybody stays as it is. Raises ValueError when a line of ``show_partition`` is no partition.
     """
     live = _partitions(show_partition)
+    groups = list(groups)
     lines: list[str] = []
     for partition in wanted:
         name, qos = str(partition["name"]), [str(one) for one in partition["qos"]]
@@ -182,9 +186,12 @@ def partition_gap(show_partition: str, wanted: Iterable[Mapping[str, Any]], site
             lines.append(f"PartitionName={name} {new}")
             continue
         changes = _widened(live[name], "AllowQos", qos)
-        for option, key in (("AllowAccounts", "account"), ("AllowGroups", "group")):
-            if partition.get(key):
-                changes += _widened(live[name], option, [str(partition[key])])
+        if partition.get("account"):
+            changes += _widened(live[name], "AllowAccounts", [str(partition["account"])])
+        if partition.get("user"):
+            primary, *more = groups or [str(partition["user"])]
+            admitted = set(_options(live[name].get("AllowGroups", "")))
+            changes += [] if admitted.intersection(more) else _widened(live[name], "AllowGroups", [primary])
         if changes:
             lines.append(f"PartitionName={name} {' '.join(changes)}")
     return lines

@@ -202,7 +202,7 @@ PartitionName=batch AllowGroups=ALL AllowAccounts=ALL AllowQos=ALL Default=YES N
 PartitionName=gpu AllowGroups=physics AllowAccounts=physics AllowQos=normal,debug Nodes=vasp-[01-02] State=UP
 """
 BATCH: dict[str, Any] = {"name": "batch", "qos": ["vasp_priority"], "account": "vasp", "default": True}
-GPU: dict[str, Any] = {"name": "gpu", "qos": ["ai_opportunistic"], "account": "ai", "group": "ai-inference"}
+GPU: dict[str, Any] = {"name": "gpu", "qos": ["ai_opportunistic"], "account": "ai", "user": "ai-inference"}
 SITE = ["vasp-01", "vasp-02"]
 
 
@@ -215,6 +215,21 @@ def test_a_partition_of_others_gains_what_its_lists_lack() -> None:
         "PartitionName=gpu AllowQos=normal,debug,ai_opportunistic AllowAccounts=physics,ai "
         "AllowGroups=physics,ai-inference"
     ]
+
+
+@pytest.mark.parametrize(
+    ("groups", "change"),
+    [
+        ([], ["PartitionName=gpu AllowGroups=physics,ai-inference"]),
+        (["users"], ["PartitionName=gpu AllowGroups=physics,users"]),
+        (["users", "llm"], ["PartitionName=gpu AllowGroups=physics,users"]),
+        (["users", "physics"], []),
+        (["physics"], []),
+    ],
+)
+def test_one_group_of_the_service_user_is_enough(groups: list[str], change: list[str]) -> None:
+    live = "PartitionName=gpu AllowGroups=physics AllowAccounts=ai AllowQos=ai_opportunistic"
+    assert slurmconf.partition_gap(live, [GPU], SITE, groups) == change
 
 
 def test_a_partition_that_has_ours_lacks_nothing() -> None:
