@@ -213,6 +213,7 @@ _SITE_KEYS = (
 )
 _SLURM_KEYS = (
     "manage_cluster",
+    "apply_policy",
     "ai_partition",
     "ai_qos",
     "ai_account",
@@ -517,6 +518,10 @@ def _check_slurm(check: Checker, value: object) -> int | None:
     slurm = check.mapping(value, "slurm")
     check.keys(slurm, _SLURM_KEYS, "slurm.")
     check.flag(slurm.get("manage_cluster", _MISSING), "slurm_manage_cluster")
+    apply = slurm.get("apply_policy", False)
+    # What `-e slurm_apply_policy=true` gives is text.
+    if not isinstance(apply, str) or apply.lower() not in ("true", "false"):
+        check.flag(apply, "slurm_apply_policy")
     partitions: dict[Any, str] = {}
     for key, example in (("ai_partition", "gpu_ai"), ("vasp_partition", "gpu_vasp")):
         name = check.text(
