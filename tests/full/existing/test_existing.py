@@ -291,6 +291,58 @@ def test_the_sites_own_service_user_is_left_as_it_is() -> None:
         assert cluster.host(name).run(f"getent group {SERVICE_USER}").rc == 2
 
 
+@contextmanager
+def slurmctld_that_dies_of_the_signal() -> Iterator[None]:
+    """The line is gone from slurm.conf, and slurmctld does not start with it."""
+    unit = "/etc/systemd/system/slurmctld.service.d/dies.conf"
+    check = '[Service]\\nExecStartPre=/bin/sh -c "! grep -q send_user_signal /etc/slurm/slurm.conf"\\n'
+    try:
+        run(CONTROLLER, "sed -i /send_user_signal/d /etc/slurm/slurm.conf && systemctl restart slurmctld")
+        run(CONTROLLER, f"mkdir -p {unit.rpartition('/')[0]} && printf '{check}' >{unit} && systemctl daemon-reload")
+        cluster.wait_until("slurmctld answers", lambda: cluster.host(CONTROLLER).run("scontrol ping").rc == 0)
+        yield
+    finally:
+        run(CONTROLLER, f"rm -f {unit} && systemctl daemon-reload")
+
+
+def test_a_slurmctld_that_does_not_come_back_has_its_own_configuration_again() -> None:
+    with slurmctld_that_dies_of_the_signal():
+        its_own = files(CONTROLLER)["slurm.conf"]
+        applied = site(*APPLY, playbook="playbooks/cluster.yml")
+        assert applied.failed == {CONTROLLER}, applied.output
+        assert f"slurmctld did not come back with {SIGNAL}" in applied.text, applied.output
+        assert f"{CONTROLLER}: /etc/slurm/slurm.conf of /etc/slurm/slurm.conf." in applied.text
+        assert files(CONTROLLER)["slurm.conf"] == its_own
+        assert "is UP" in run(CONTROLLER, "scontrol ping")
+
+    said = site("--tags", "slurm_preemption", *APPLY, playbook="playbooks/cluster.yml")
+    assert said.code == 0, said.output
+    assert SIGNAL in files(CONTROLLER)["slurm.conf"].splitlines()
+    assert "slurm.conf.untold" not in files(CONTROLLER)
+
+
+def test_nodes_that_were_not_told_are_only_named_without_leave() -> None:
+    run(CONTROLLER, "touch /etc/slurm/slurm.conf.untold")
+    said = site("--tags", "slurm_preemption", playbook="playbooks/cluster.yml")
+    assert said.code == 0, said.output
+    assert set(said.changed.values()) == {0}
+    assert "slurm.conf.untold is there: a run changed slurm.conf" in said.text
+    told = site("--tags", "slurm_preemption", *APPLY, playbook="playbooks/cluster.yml")
+    assert told.code == 0, told.output
+    assert "slurm.conf.untold" not in files(CONTROLLER)
+
+
+def test_leave_that_is_the_word_false_is_none() -> None:
+    run(CONTROLLER, "sacctmgr -i modify qos ai_opportunistic set GraceTime=31")
+    try:
+        refused = site("-e", "slurm_apply_policy=false", playbook="playbooks/cluster.yml")
+        assert refused.failed == {CONTROLLER}, refused.output
+        assert printed(refused) == ["sacctmgr -i modify qos name=ai_opportunistic set GraceTime=30"], refused.output
+        assert set(refused.changed.values()) == {0}
+    finally:
+        run(CONTROLLER, "sacctmgr -i modify qos ai_opportunistic set GraceTime=30")
+
+
 def test_a_service_user_with_another_id_is_refused() -> None:
     refused = site("-e", "service_uid=64999", playbook="playbooks/cluster.yml")
     assert refused.failed == set(HOSTS), refused.output
