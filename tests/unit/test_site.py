@@ -299,6 +299,11 @@ def test_a_secret_that_is_missing_is_told_where_to_go() -> None:
     assert short.wanted.endswith("while slurm_manage_cluster is true")
 
 
+@pytest.mark.parametrize("value", [True, False, "true", "False"])
+def test_leave_of_one_run_may_be_given_as_a_word(value: object) -> None:
+    assert site_model.problems(spoil(("slurm", "apply_policy"), value), sites.headers()) == []
+
+
 def test_all_problems_are_found_in_one_go() -> None:
     spoiled = sites.site()
     spoiled["tiers"][0]["kind"] = "rooter"
