@@ -18,9 +18,13 @@ description:
     job's supervisor drains on a signal. What does not end is cancelled.
   - A job is a tier's when it belongs to the service user and has the name of a tier's job, or a comment of ours. Others
     of that user stay.
-  - A job that completes on a node that is dead cannot be ended by anybody, and is named.
+  - A job that completes on a node that is dead cannot be ended by anybody, and is named. One that was preempted would
+    come back from there, which a cancel prevents, where Slurm takes it.
 options:
-  user: {description: The service user., type: str, required: true}
+  uid:
+    description: The service user's number, by which its jobs are known also when the user is gone.
+    type: int
+    required: true
   names: {description: Names of the tiers' jobs., type: list, elements: str, required: true}
   drain_seconds: {description: How long a job that runs may take., type: int, default: 60}
   wait_seconds: {description: How long one that is cancelled may., type: int, default: 60}
@@ -33,7 +37,7 @@ author: Gleaner
 EXAMPLES = r"""
 - name: absent | No job of a tier is left
   tier_jobs_absent:
-    user: ai-inference
+    uid: 64200
     names: [llama-14b, llama-72b]
 """
 
@@ -75,20 +79,19 @@ def run(*argv: str) -> str:
     return done.stdout
 
 
-def queue_command(user: str) -> list[str]:
-    # The comment last, since it may hold the separator.
-    return ["squeue", "--noheader", f"--user={user}", "--format=%i|%T|%j|%N|%k"]
+# Everybody's, since squeue finds none of a user that is gone. Name and comment last: they may hold the separator.
+QUEUE = ("squeue", "--noheader", "--format=%i|%T|%U|%N|%j|%k")
 
 
-def ours(text: str, names: list[str]) -> list[Job]:
+def ours(text: str, uid: int, names: list[str]) -> list[Job]:
     """The tiers' jobs of a queue."""
     found = []
     for line in filter(None, text.splitlines()):
-        cells = line.split("|", 4)
-        if len(cells) != 5:
+        cells = line.split("|", 5)
+        if len(cells) != 6:
             raise SlurmError(f"squeue: cannot read the line {line!r}")
-        job, state, name, nodes, comment = cells
-        if name in names or comment.startswith(OURS):
+        job, state, whose, nodes, name, comment = cells
+        if whose == str(uid) and (name in names or comment.startswith(OURS)):
             # While a node has not answered to a signal, Slurm shows that in place of the state.
             found.append(Job(job, "RUNNING" if state == "SIGNALING" else state, name, nodes))
     return found
@@ -97,11 +100,19 @@ def ours(text: str, names: list[str]) -> list[Job]:
 class Queue:
     """The tiers' jobs, and the ways to end them."""
 
-    def __init__(self, user: str, names: list[str]) -> None:
-        self.user, self.names = user, names
+    def __init__(self, uid: int, names: list[str]) -> None:
+        self.uid, self.names = uid, names
+        # Told not to come back, once they have completed.
+        self.kept: set[str] = set()
 
     def jobs(self) -> list[Job]:
-        return ours(run(*queue_command(self.user)), self.names)
+        return ours(run(*QUEUE), self.uid, self.names)
+
+    def keep(self, job: Job) -> None:
+        """One that completes may have been preempted, and would wait anew, for a program that is gone by then."""
+        if job.id not in self.kept:
+            self.kept.add(job.id)
+            self.end(job, signal=False)
 
     def end(self, job: Job, signal: bool) -> None:
         """One that went in this moment is as wished."""
@@ -119,6 +130,8 @@ class Queue:
             for job in left:
                 if job.state == "PENDING":
                     self.end(job, signal=False)
+                elif job.state == "COMPLETING":
+                    self.keep(job)
             if not left or time.monotonic() >= deadline:
                 return left
             time.sleep(POLL_SECONDS)
@@ -127,7 +140,7 @@ class Queue:
 def main() -> None:
     module = AnsibleModule(
         argument_spec={
-            "user": {"type": "str", "required": True},
+            "uid": {"type": "int", "required": True},
             "names": {"type": "list", "elements": "str", "required": True},
             "drain_seconds": {"type": "int", "default": 60},
             "wait_seconds": {"type": "int", "default": 60},
@@ -137,7 +150,7 @@ def main() -> None:
     if module.get_bin_path("squeue") is None:
         # A host that was never provisioned.
         module.exit_json(changed=False, jobs=[], completing=[])
-    queue = Queue(module.params["user"], module.params["names"])
+    queue = Queue(module.params["uid"], module.params["names"])
     left: list[Job] = []
     try:
         queued = queue.jobs()
@@ -145,7 +158,7 @@ def main() -> None:
         if queued and not module.check_mode:
             for job in jobs:
                 queue.end(job, signal=job.state == "RUNNING")
-            # Also for one that completes: it may come back, since it was preempted.
+            # Also for one that completes: it may come back, or be kept from that.
             left = queue.wait(module.params["drain_seconds"])
             late = [job for job in left if job.state != "COMPLETING"]
             for job in late:
