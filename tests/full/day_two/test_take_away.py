@@ -204,11 +204,15 @@ def test_a_node_that_does_not_answer_is_named_and_a_user_of_the_site_stays(befor
     run("vasp-01", f"usermod --comment 'of the site' {cluster.SERVICE_USER}")
     done = playbook(REMOVE, "-i", str(nowhere))
     assert done.code != 0
-    assert "ansible-playbook playbooks/remove.yml --limit vasp-03" in done.text
+    cure = f"ansible-playbook playbooks/remove.yml --limit {CONTROLLER},vasp-03"
+    assert cure in done.text
     assert "vasp-01: the user ai-inference stays: Gleaner did not make it" in done.text
     assert ours("vasp-02") == STAYS["vasp-02"]
     assert "/usr/local/lib/gleaner" in ours("vasp-03")
-    succeed(REMOVE, "--limit", "vasp-03")
+    still = playbook(REMOVE, "-i", str(nowhere), "--limit", "vasp-03")
+    assert still.code != 0
+    assert cure in still.text
+    succeed(REMOVE, "--limit", f"{CONTROLLER},vasp-03")
     assert_gone(with_its_own_user="vasp-01")
     assert_noticed_nothing(before)
     bring_back()
