@@ -42,6 +42,7 @@ ANSWERS: dict[str, dict[str, Any]] = {
     "__slurm_preemption_files": {"content": base64.b64encode(SLURM_CONF.encode()).decode()},
     "__slurm_preemption_stats": {"stat": {"uid": 0, "gid": 0, "mode": "0644"}},
     "__slurm_preemption_there": {"stat": {"exists": True}},
+    "__slurm_preemption_ended": {"stat": {"exists": False}},
     "__cluster_base_known": {"ansible_facts": {"getent_passwd": {"ai-inference": None}}},
     "__tailscale_serve_facts": {"ansible_facts": {"ansible_distribution_release": "trixie"}},
     "__tailscale_serve_there": {"stat": {"exists": True}},
