@@ -33,10 +33,12 @@ def site_nodes(names: Iterable[str], hostvars: Mapping[str, Any]) -> dict[str, d
 
     A node that playbooks/remove_node.yml is taking away is none any more.
     """
+    # Ansible puts a host's variables together anew each time that they are asked for.
+    known = {str(name): hostvars[name] for name in names}
     return {
-        str(name): {key: _plain(hostvars[name][key]) for key in _NODE_VARIABLES if key in hostvars[name]}
-        for name in names
-        if not ("node_is_removed" in hostvars[name] and _plain(hostvars[name]["node_is_removed"]))
+        name: {key: _plain(variables[key]) for key in _NODE_VARIABLES if key in variables}
+        for name, variables in known.items()
+        if not ("node_is_removed" in variables and _plain(variables["node_is_removed"]))
     }
 
 
