@@ -219,8 +219,8 @@ def parse_nodes(text: str) -> dict[str, Node]:
                 name=fields["NodeName"],
                 up=base in _UP_STATES and _UP_FLAGS.issuperset(flags),
                 threads_per_core=int(fields.get("ThreadsPerCore", "1")),
-                gpus=_gpus(fields.get("Gres", "")),
-                gpus_held=_gpus(fields.get("GresUsed", "")),
+                gpus=gpus_in(fields.get("Gres", "")),
+                gpus_held=gpus_in(fields.get("GresUsed", "")),
                 # Without what the node keeps for the system.
                 cpus=int(fields.get("CPUEfctv", fields["CPUTot"])),
                 cpus_held=int(fields["CPUAlloc"]),
@@ -240,9 +240,14 @@ def _known(text: str) -> str:
     return "" if text in _ABSENT else text
 
 
-def _gpus(gres: str) -> int:
-    """The GPUs in `gpu:v100s:2(S:0-1),shard:4` and its like."""
-    return sum(int(count) for count in re.findall(r"(?:^|,)gpu(?::[^:(,]+)?:(\d+)", gres))
+def gpus_in(gres: str) -> int:
+    """The GPUs in a ``Gres=`` or ``GresUsed=``, for example 3 in ``gpu:v100s:2(S:0),gpu:1,mps:100``."""
+    found = 0
+    for one in re.sub(r"\([^)]*\)", "", gres).split(","):
+        name, *rest = one.split(":")
+        if name == "gpu":
+            found += int(rest[-1]) if rest and rest[-1].isdigit() else 1
+    return found
 
 
 def cause_of_stop(fields: dict[str, str], signal_seconds: int = 0) -> Cause:

@@ -8,7 +8,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from gleaner.site import Problem
-from gleaner.slurm import hosts
+from gleaner.slurm import gpus_in, hosts
 
 # Since 23.02 the preempt_* options of other keys live in PreemptParameters, without their prefix; the old
 # spelling still counts. In 22.05 PreemptParameters is a parse error.
@@ -204,16 +204,6 @@ def nodes(text: str) -> list[str]:
     return [host for name in names if name.upper() != "DEFAULT" for host in hosts(name)]
 
 
-def _gpus(gres: str) -> int:
-    """GPUs in the ``Gres=`` of a node, for example 3 in ``gpu:v100s:2(S:0),gpu:1,mps:100``."""
-    found = 0
-    for one in re.sub(r"\([^)]*\)", "", gres).split(","):
-        name, *rest = one.split(":")
-        if name == "gpu":
-            found += int(rest[-1]) if rest and rest[-1].isdigit() else 1
-    return found
-
-
 def _node_problems(
     name: str, node: Mapping[str, str], partition: str | None, plan: Mapping[str, Any]
 ) -> Iterable[Problem]:
@@ -227,7 +217,7 @@ def _node_problems(
             f"add {name} to the Nodes of partition {partition}, take it out of the tier, or name another partition "
             "(one that is not there yet is made)",
         )
-    gpus = _gpus(node.get("Gres", ""))
+    gpus = gpus_in(node.get("Gres", ""))
     if gpus < slurm["gpus_per_node"]:
         yield Problem(
             f"gpus of {name}",
