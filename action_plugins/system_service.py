@@ -1,4 +1,7 @@
-"""Manage a systemd unit: ansible.builtin.systemd_service, with a check mode that holds on a virgin host."""
+"""Manage a systemd unit: ansible.builtin.systemd_service, with a check mode that holds on a virgin host.
+
+A unit that runs as it should is found so by one look, and no module runs for it.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,12 @@ UNIT_NOT_FOUND = "Could not find the requested service"
 JOURNAL_LINES = 20
 # What makes a unit read its files: its start, or the last change of its state, which a reload is, too.
 SINCE = {"restarted": "InactiveExitTimestamp", "reloaded": "StateChangeTimestamp"}
-SHOWN = "ConditionResult,ActiveState,ReloadResult,InactiveExitTimestamp,StateChangeTimestamp"
+SHOWN = (
+    "LoadState,UnitFileState,NeedDaemonReload,"
+    "ConditionResult,ActiveState,ReloadResult,InactiveExitTimestamp,StateChangeTimestamp"
+)
+# Options of which a look tells whether they are met.
+JUDGED = {"name", "state", "enabled", "daemon_reload"}
 MARK = "\n--\n"
 
 
@@ -88,6 +96,26 @@ class Look:
             path for path, moment in self.changed.items() if failed or moment > since or max(moment, since) > self.now
         ]
 
+    def is_as_wanted(self, args: Mapping[str, Any], by: str) -> bool:
+        """Whether the module has nothing to do: the unit runs, from the unit files that are on disk, and at boot.
+
+        False also where a look does not tell.
+        """
+        wanted = {
+            "LoadState": "loaded",
+            "NeedDaemonReload": "no",
+            "ActiveState": "active",
+            **({"UnitFileState": "enabled"} if args.get("enabled") is True else {}),
+        }
+        return (
+            set(args) <= JUDGED
+            and args.get("state") == "started"
+            and args.get("enabled", True) is True
+            and all(self.unit.get(name) == value for name, value in wanted.items())
+            and self.unit.get("ConditionResult") != "no"
+            and not self.stale(by)
+        )
+
     def to_come(self) -> list[str]:
         """Files that were changed in the future, and would count as changed after each restart until it has come."""
         return [path for path, moment in self.changed.items() if moment > self.now]
@@ -103,6 +131,8 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible-core ships no t
         if by not in SINCE:
             raise AnsibleActionFail(f"reads_when = {by!r}; wanted one of {', '.join(SINCE)}")
         name = str(args.get("name") or args.get("service") or args.get("unit") or "")
+        if args.get("state") == "started" and self._is_as_wanted(name, args, [str(path) for path in reads], by):
+            return {"changed": False, "name": name, "state": "started"}
         result: dict[str, Any] = self._execute_module(
             module_name="ansible.legacy.systemd_service", module_args=args, task_vars=task_vars
         )
@@ -115,6 +145,14 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible-core ships no t
             result["msg"] = self._with_journal(str(result.get("msg", "")), name)
         self._remove_tmp_path(self._connection._shell.tmpdir)
         return result
+
+    def _is_as_wanted(self, name: str, args: Mapping[str, Any], reads: list[str], by: str) -> bool:
+        done = self._low_level_execute_command(look_command(name, reads))
+        try:
+            return done.get("rc") == 0 and Look.from_text(str(done.get("stdout", ""))).is_as_wanted(args, by)
+        except (ValueError, ArithmeticError):
+            # The module, and the look behind it, say what is wrong.
+            return False
 
     def _look(self, result: dict[str, Any], name: str, reads: list[str], by: str, started: bool) -> None:
         """Say what systemctl does not: that a unit did not start, or runs with older files than those on disk."""

@@ -10,6 +10,7 @@ description:
   - The same options and the same work as M(ansible.builtin.template).
   - In check mode an O(owner) or O(group) that does not exist on the host yet is a change, not a failure,
     because on a virgin host an earlier task would have created it.
+  - A file that is as it should be is found so by one command of a shell, see M(host_file).
   - The diff names the destination on both sides, so that two check runs print the same text.
 author: Gleaner
 options:
@@ -49,8 +50,4 @@ dest:
   returned: always
   type: str
   sample: /etc/slurm/slurm.conf
-checksum:
-  description: SHA-1 of the rendered text.
-  returned: when the host was asked
-  type: str
 """

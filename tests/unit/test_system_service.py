@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -38,11 +39,18 @@ JOURNAL = "#!/bin/sh\necho 'nginx: [emerg] bind() to 0.0.0.0:8080 failed'\n"
 
 
 def play(
-    folder: Path, load: str, *options: str, condition: str = "yes", active: str = "inactive", reads: Path | None = None
-) -> subprocess.CompletedProcess[str]:
+    folder: Path, load: str, *options: str, condition: str = "yes", active: str = "inactive", reads: Path | None = None,
+    more: Mapping[str, str] | None = None, python: str = sys.executable,
+) -> subprocess.CompletedProcess[str]:  # fmt: skip
     programs = folder / "bin"
     programs.mkdir(exist_ok=True)
     systemctl = SYSTEMCTL % {"load": load, "condition": condition, "active": active}
+    # What is shown later counts.
+    systemctl = systemctl.replace(
+        "    printf 'InactiveExit",
+        "".join(f"    printf '{name}={value}\\n'\n" for name, value in (more or {}).items())
+        + "    printf 'InactiveExit",
+    )
     for name, text in (("systemctl", systemctl), ("journalctl", JOURNAL)):
         (programs / name).write_text(text)
         (programs / name).chmod(0o755)
@@ -54,7 +62,7 @@ def play(
         env={
             **os.environ,
             "ANSIBLE_CONFIG": str(ROOT / "ansible.cfg"),
-            "ANSIBLE_PYTHON_INTERPRETER": sys.executable,
+            "ANSIBLE_PYTHON_INTERPRETER": python,
             "PATH": f"{programs}:{os.environ['PATH']}",
         },
     )  # fmt: skip
@@ -184,6 +192,46 @@ def test_a_start_in_the_future_proves_nothing() -> None:
 def test_an_answer_of_another_kind_is_no_answer(text: str) -> None:
     with pytest.raises((ValueError, ArithmeticError)):
         Look.from_text(text)
+
+
+WELL = {"LoadState": "loaded", "UnitFileState": "enabled", "NeedDaemonReload": "no", "ConditionResult": "yes"}
+RUNS = {"name": "nginx", "state": "started", "enabled": True, "daemon_reload": True}
+
+
+def test_a_unit_that_runs_as_it_should_needs_no_module(tmp_path: Path) -> None:
+    file = at(tmp_path / "nginx.conf", STARTED + 0.4)
+    for options in ((), ("--check",)):
+        done = play(tmp_path, "loaded", *options, active="active", reads=file, more=WELL, python="/no/python")
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "changed=0" in done.stdout
+    at(file, STARTED + 0.6)
+    assert play(tmp_path, "loaded", active="active", reads=file, more=WELL, python="/no/python").returncode != 0
+
+
+@pytest.mark.parametrize(
+    "otherwise",
+    [
+        {"LoadState": "not-found"},
+        {"UnitFileState": "disabled"},
+        {"UnitFileState": "enabled-runtime"},
+        {"NeedDaemonReload": "yes"},
+        {"NeedDaemonReload": ""},
+        {"ConditionResult": "no"},
+        {"ActiveState": "activating"},
+        {"ActiveState": "failed"},
+    ],
+)
+def test_any_other_unit_is_left_to_the_module(otherwise: dict[str, str]) -> None:
+    assert look("1795939100", **WELL).is_as_wanted(RUNS, "restarted")
+    assert not look("1795939100", **{**WELL, **otherwise}).is_as_wanted(RUNS, "restarted")
+
+
+@pytest.mark.parametrize(
+    "otherwise",
+    [{"state": "restarted"}, {"state": "stopped"}, {"enabled": False}, {"masked": False}, {"scope": "user"}],
+)
+def test_a_look_judges_no_other_wish(otherwise: dict[str, object]) -> None:
+    assert not look("1795939100", **WELL).is_as_wanted({**RUNS, **otherwise}, "restarted")
 
 
 def test_paths_are_words() -> None:

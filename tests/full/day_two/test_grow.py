@@ -21,6 +21,8 @@ NODE = "vasp-04"
 WITH = ("-i", "tests/full/day_two/inventory")
 GROW = ("--limit", f"{CONTROLLER},{NODE}")
 CURE = f"ansible-playbook site.yml --limit {CONTROLLER},{NODE}"
+# Long beside one answer, and a minute or two where two processors have all else to do as well.
+STREAM_TOKENS = 300
 REASON = "gleaner: being provisioned"
 ADDRESS, RPC_ADDRESS = f"10.213.{LAB_ID}.14", f"10.214.{LAB_ID}.14"
 
@@ -33,7 +35,13 @@ def _a_bare_machine_beside_a_site_that_serves() -> None:
 
 
 def stream(port: int, model: str) -> cluster.Answer:
-    wish = {"model": model, "prompt": "Once upon a time", "max_tokens": 1500, "stream": True, "ignore_eos": True}
+    wish = {
+        "model": model,
+        "prompt": "Once upon a time",
+        "max_tokens": STREAM_TOKENS,
+        "stream": True,
+        "ignore_eos": True,
+    }
     return cluster.ask("/v1/completions", wish, port=port)
 
 

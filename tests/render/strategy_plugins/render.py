@@ -15,7 +15,7 @@ description:
 author: Gleaner
 """
 
-WRITES = ("config_file", "ansible.builtin.template", "ansible.builtin.copy")
+WRITES = ("config_file", "host_file", "ansible.builtin.template", "ansible.builtin.copy")
 # These are done by ansible itself, with no host.
 LOCAL = (
     "ansible.builtin.set_fact",
