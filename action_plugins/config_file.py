@@ -58,6 +58,8 @@ class CopiesByHostFile:
 
 
 class ActionModule(TemplateAction):  # type: ignore[misc]  # ansible-core ships no types
+    _shared_loader_obj: Any
+
     def run(self, tmp: str | None = None, task_vars: dict[str, Any] | None = None) -> dict[str, Any]:
         self._shared_loader_obj = CopiesByHostFile(self._shared_loader_obj)
         result: dict[str, Any] = super().run(tmp, task_vars)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import grp
+import hashlib
 import os
 import pwd
 import subprocess
@@ -98,7 +99,7 @@ def test_a_template_that_is_there_needs_no_python(tmp_path: Path, file: Path) ->
 
 def answer(kind: str = "regular file", content: str = "text\n", mode: str = "640", user: str = f"{UID}|{USER}") -> str:
     head = f"{kind}|{user}|{GID}|{GROUP}|{mode}"
-    digest = host_file.hashlib.sha256(content.encode()).hexdigest()
+    digest = hashlib.sha256(content.encode()).hexdigest()
     return f"{head}\n{digest}  -\n"
 
 
