@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -17,18 +18,27 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from benchmarks import lab, report
-from tests.lab import cluster, inventory, machines
-from tests.lab.ansible import succeed
+from tests.lab import cluster, inventory, machines, models
+from tests.lab.ansible import CACHE, playbook, succeed
 from tests.lab.cluster import CONTROLLER, PORT, SPLIT_PORT, TIER_NODE
 
 DOCUMENT = lab.ROOT / "docs" / "operations.md"
 REPLACE_BAR_SECONDS = 180.0
 SERVED_SECONDS = 180.0
-# A node that only a tier needs which the inventory can do without.
-LEAVES = "vasp-03"
+# A node that only a tier needs which the inventory can do without; and one that the inventory lacks.
+LEAVES, COMES = "vasp-03", "vasp-04"
+WITH_COMES = ("-i", "tests/full/day_two/inventory")
+TIERS = {"fast": PORT, "reasoning": SPLIT_PORT}
+# In the lab's engine.yml, beside the one in use.
+OTHER_ENGINE = "0.1.0-dev"
+OTHER_KEY = "0123456789abcdef" * 4
+BUILD_SECONDS = 1800
 
 LOOK, HOLD, START = "look: `gleaner status`", "hold a tier", "start a tier, until it serves"
+MODEL, KEY = "add a model", "change the server key, until both tiers serve"
+ENGINE, ROLLBACK = "change the engine, once it is built", "go back to the engine before"
 REPLACE, REMOVE, BACK = "replace a node, bare machine to serving", "remove a node", "bring it back by `site.yml`"
+GROW, TAKE, RETURN = "grow by a node", "take away", "bring everything back by `site.yml`"
 BARS = {REPLACE: REPLACE_BAR_SECONDS}
 
 
@@ -38,13 +48,52 @@ def timed(work: Callable[[], object]) -> float:
     return time.monotonic() - began
 
 
-def tier(state: str) -> None:
-    succeed("playbooks/tier.yml", "-e", "tier=fast", "-e", f"state={state}")
+def served(*names: str) -> None:
+    for name in names or TIERS:
+        cluster.wait_served(SERVED_SECONDS, TIERS[name])
+
+
+def tier(state: str, name: str = "fast") -> None:
+    succeed("playbooks/tier.yml", "-e", f"tier={name}", "-e", f"state={state}")
 
 
 def start_until_served() -> None:
     tier("started")
-    cluster.wait_served(SERVED_SECONDS)
+    served("fast")
+
+
+def add_model() -> float:
+    """From the command to an answer of the model, which a running router has not had before."""
+    name = "another"
+    with tempfile.TemporaryDirectory() as folder, models.restored():
+
+        def until_it_answers() -> None:
+            done = models.offer(Path(folder), models.offered(name))
+            assert done.code == 0, done.output
+            answer = cluster.complete(name)
+            assert answer.status == 200, answer
+
+        return timed(until_it_answers)
+
+
+def change_key(*arguments: str) -> None:
+    """As docs/operations.md has it: held, site.yml, started."""
+    for name in TIERS:
+        tier("held", name)
+    succeed("site.yml", *arguments)
+    for name in TIERS:
+        tier("started", name)
+    served()
+
+
+def upgrade() -> None:
+    arguments = ("-e", f"llama_cpp_version={OTHER_ENGINE}", "-e", "planner_truth_quick=true")
+    done = playbook("playbooks/upgrade_engine.yml", *arguments, timeout=BUILD_SECONDS)
+    assert done.code == 0, done.output
+
+
+def roll_back() -> None:
+    succeed("playbooks/rollback_engine.yml")
 
 
 def replace() -> float:
@@ -53,9 +102,14 @@ def replace() -> float:
 
     def until_served() -> None:
         succeed("playbooks/replace_node.yml", "-e", f"node={TIER_NODE}")
-        cluster.wait_served(SERVED_SECONDS)
+        served("fast")
 
     return timed(until_served)
+
+
+def site_until_served() -> None:
+    succeed("site.yml")
+    served()
 
 
 def remove_and_bring_back() -> tuple[float, float]:
@@ -64,26 +118,52 @@ def remove_and_bring_back() -> tuple[float, float]:
         file.write_text(json.dumps({"tiers": [inventory.tiers()["fast"]]}))
         arguments = ("-e", f"node={LEAVES}", "-e", f"@{file}")
         removed = timed(lambda: succeed("playbooks/remove_node.yml", *arguments))
+    return removed, timed(site_until_served)
 
-    def back() -> None:
-        succeed("site.yml")
-        for port in (PORT, SPLIT_PORT):
-            cluster.wait_served(SERVED_SECONDS, port)
 
-    return removed, timed(back)
+def grow() -> float:
+    """From the command on a bare machine to a node that has been given to jobs; it leaves again."""
+    with tempfile.TemporaryDirectory() as folder:
+        succeed("playbooks/lab_up.yml", *WITH_COMES)
+        try:
+            grown = timed(lambda: succeed("site.yml", *WITH_COMES, "--limit", f"{CONTROLLER},{COMES}"))
+            succeed("playbooks/remove_node.yml", *WITH_COMES, "-e", f"node={COMES}")
+        finally:
+            machines.take_away(Path(folder), COMES, *WITH_COMES)
+    return grown
+
+
+def prepare_engine() -> None:
+    """Builds the other engine, and asks it what models take: what an upgrade does once, however often it is made."""
+    sources = [sys.executable, "tools/fetch_lab_sources.py", "--other-engine", str(CACHE / "sources")]
+    subprocess.run(sources, cwd=lab.ROOT, check=True)
+    upgrade()
+    roll_back()
+    served()
 
 
 def figures(rounds: int) -> dict[str, list[float]]:
-    found: dict[str, list[float]] = {name: [] for name in (LOOK, HOLD, START, REPLACE, REMOVE, BACK)}
+    order = (LOOK, HOLD, START, MODEL, ENGINE, ROLLBACK, GROW, REMOVE, BACK, REPLACE, KEY, TAKE, RETURN)
+    found: dict[str, list[float]] = {name: [] for name in order}
+    prepare_engine()
     for number in range(1, rounds + 1):
         found[LOOK].append(timed(lambda: cluster.run(CONTROLLER, "gleaner status")))
         found[HOLD].append(timed(lambda: tier("held")))
         found[START].append(timed(start_until_served))
-        found[REPLACE].append(replace())
+        found[MODEL].append(add_model())
+        found[ENGINE].append(timed(upgrade))
+        found[ROLLBACK].append(timed(roll_back))
+        found[GROW].append(grow())
         removed, back = remove_and_bring_back()
         found[REMOVE].append(removed)
         found[BACK].append(back)
+        found[REPLACE].append(replace())
+        found[KEY].append(timed(lambda: change_key("-e", f"vault_server_key={OTHER_KEY}")))
+        change_key()
         print(f"round {number}: { ({name: round(values[-1], 1) for name, values in found.items()}) }", flush=True)
+    # Once, since the builds go, too.
+    found[TAKE].append(timed(lambda: succeed("playbooks/remove.yml")))
+    found[RETURN].append(timed(site_until_served))
     return found
 
 

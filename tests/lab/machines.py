@@ -39,12 +39,12 @@ def replace(name: str) -> Keys:
     return Keys(old, new)
 
 
-def take_away(folder: Path, name: str) -> None:
-    """The machine loses power, disk and cables, and nothing takes its place."""
+def take_away(folder: Path, name: str, *arguments: str) -> None:
+    """The machine loses power, disk and cables, and nothing takes its place; arguments name its inventory."""
     text = (ROOT / "molecule/idempotence/replace_machine.yml").read_text().splitlines(keepends=True)
     lost = folder / "lost.yml"
     # Without the play that boots a bare one.
     lost.write_text("".join(text[: next(n for n, line in enumerate(text) if line.startswith("- name: A bare one"))]))
     cluster.forget(name)
-    done = playbook(str(lost), "-e", f"machine={name}")
+    done = playbook(str(lost), *arguments, "-e", f"machine={name}")
     assert done.code == 0, done.output
