@@ -175,7 +175,7 @@ def test_a_tier_that_may_use_it_goes_there_when_it_has_to_and_not_before(tmp_pat
 
 def test_a_second_run_changes_nothing_anywhere(tmp_path: Path) -> None:
     again = succeed("site.yml", *WITH, *router_of_two(tmp_path))
-    assert again.changed == dict.fromkeys((*cluster.HOSTS, NODE), 0), again.output
+    assert set(again.changed.values()) == {0}, again.output
 
 
 def test_a_run_over_any_host_alone_is_safe_while_both_tiers_stream(tmp_path: Path) -> None:
