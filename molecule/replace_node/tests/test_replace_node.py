@@ -142,7 +142,7 @@ def test_what_fails_leaves_the_node_drained_and_the_same_command_goes_on() -> No
     assert is_in_service(TIER_NODE)
     assert cluster.complete(SMOLLM2).status == 200
     # Nothing of the trial is left beside the tier.
-    assert cluster.pids(TIER_NODE, "llama-server .*--host 127.0.0.1 ", SERVICE_USER) == []
+    assert cluster.pids(TIER_NODE, "llama-server --model .* --host 127.0.0.1 --port", SERVICE_USER) == []
 
 
 def test_a_drain_by_a_person_outlives_the_replacement_and_is_told() -> None:
