@@ -186,8 +186,8 @@ def assert_in_force(site: Site) -> None:
     table = ask(TIER_NODE, "nft list table inet gleaner")
     for port in (site.port, site.lend_port):
         assert str(port) in table
-    for port in (other(site).port, other(site).lend_port):
-        assert str(port) not in table
+    # The tier's port of before stays closed to others, as firewall.nft says; the lending's is forgotten.
+    assert str(other(site).lend_port) not in table
     credential = ask(CONTROLLER, "munge -n")
     for node in NODES:
         ask(node, f"echo {shlex.quote(credential)} | unmunge")
