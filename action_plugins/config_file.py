@@ -58,6 +58,8 @@ class CopiesByHostFile:
 
 
 class ActionModule(TemplateAction):  # type: ignore[misc]  # ansible-core ships no types
+    # What is copied has a folder made for it when it has to be.
+    TRANSFERS_FILES = False
     _shared_loader_obj: Any
 
     def run(self, tmp: str | None = None, task_vars: dict[str, Any] | None = None) -> dict[str, Any]:

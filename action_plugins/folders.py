@@ -24,14 +24,16 @@ def wanted_folders(value: object) -> list[dict[str, Any]]:
             raise ValueError(
                 f"folders = {one!r}; wanted a path, and of {', '.join(sorted(KEYS - {'path'}))} what counts"
             )
-        if not OCTAL.fullmatch(str(one.get("mode"))):
+        if not (isinstance(one.get("mode"), str) and OCTAL.fullmatch(one["mode"])):
             raise ValueError(f"folders: mode of {one['path']} = {one.get('mode')!r}; wanted octal digits in quotes")
     return [{key: one[key] for key in one if one[key] is not None} for one in value]
 
 
 def look_command(folders: Sequence[Mapping[str, Any]]) -> str:
-    """A line of :data:`FORMAT` for each that is there; a link is not followed."""
-    return shlex.join(["stat", f"--format={FORMAT}", "--", *(str(one["path"]) for one in folders)])
+    """A line of :data:`FORMAT`, in English, for each that is there; a link is not followed."""
+    return "export LC_ALL=C; " + shlex.join(
+        ["stat", f"--format={FORMAT}", "--", *(str(one["path"]) for one in folders)]
+    )
 
 
 def is_owner(wanted: object, number: str, name: str) -> bool:
@@ -50,7 +52,7 @@ def to_make(folders: Sequence[Mapping[str, Any]], answer: str) -> list[Mapping[s
             kind == "directory"
             and is_owner(one.get("owner"), user, user_name)
             and is_owner(one.get("group"), group, group_name)
-            and int(str(one["mode"]), 8) == int(mode, 8)
+            and int(one["mode"], 8) == int(mode, 8)
         )
 
     return [one for one in folders if str(one["path"]) not in seen or not is_as_wanted(one)]

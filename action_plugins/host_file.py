@@ -20,13 +20,19 @@ JUDGED = {"src", "content", "dest", "owner", "group", "mode", "validate", "force
 ONLY = {"follow": False, "backup": False, "remote_src": False}
 OCTAL = re.compile(r"[0-7]{3,5}")
 FORMAT = "%F|%u|%U|%g|%G|%a"
+# Somewhere in the answer: a terminal, which ssh has for a look, brings whatever else is said at a login.
+SEEN = re.compile(
+    r"^regular (?:empty )?file\|(?P<uid>\d+)\|(?P<user>[^|]+)\|(?P<gid>\d+)\|(?P<group>[^|]+)\|(?P<mode>[0-7]+)\n"
+    r"(?P<sha256>[0-9a-f]{64})  -$",
+    re.MULTILINE,
+)
 VAULT = b"$ANSIBLE_VAULT"
 
 
 def look_command(path: str) -> str:
-    """One line of :data:`FORMAT` and one of sha256sum; a link is not followed."""
+    """One line of :data:`FORMAT`, in English, and one of sha256sum; a link is not followed."""
     quoted = shlex.quote(path)
-    return f"stat --format={shlex.quote(FORMAT)} -- {quoted} && sha256sum < {quoted}"
+    return f"export LC_ALL=C; stat --format={shlex.quote(FORMAT)} -- {quoted} && sha256sum < {quoted}"
 
 
 def wanted_bytes(args: Mapping[str, Any]) -> bytes | None:
@@ -62,14 +68,13 @@ def is_as_wanted(args: Mapping[str, Any], content: bytes, answer: str) -> bool:
 
     Without force any content will do, as with core.
     """
-    head, _, tail = answer.replace("\r\n", "\n").partition("\n")
-    kind, *owners, mode = head.split("|")
+    seen = SEEN.search(answer.replace("\r\n", "\n"))
     return (
-        kind in ("regular file", "regular empty file")
-        and is_owner(args.get("owner"), *owners[:2])
-        and is_owner(args.get("group"), *owners[2:])
-        and (args.get("mode") is None or int(args["mode"], 8) == int(mode, 8))
-        and (args.get("force") is False or tail.split() == [hashlib.sha256(content).hexdigest(), "-"])
+        seen is not None
+        and is_owner(args.get("owner"), seen["uid"], seen["user"])
+        and is_owner(args.get("group"), seen["gid"], seen["group"])
+        and (args.get("mode") is None or int(args["mode"], 8) == int(seen["mode"], 8))
+        and (args.get("force") is False or seen["sha256"] == hashlib.sha256(content).hexdigest())
     )
 
 

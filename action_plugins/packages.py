@@ -11,7 +11,9 @@ from ansible.errors import AnsibleActionFail
 from ansible.plugins.action import ActionBase
 
 NAME = re.compile(r"[a-z0-9][a-z0-9+.-]+")
-FORMAT = "${db:Status-Abbrev}|${Package}\n"
+FORMAT = "${db:Status-Abbrev}|${Architecture}|${Package}\n"
+# Those that apt would take away again when nothing needs them any more.
+AUTOMATIC = r"""awk 'BEGIN { RS = "" } /\nAuto-Installed: 1/ { print "automatic||" $2 }' /var/lib/apt/extended_states"""
 # An older index may name files that the mirror has no more.
 INDEX_SECONDS = 86400
 
@@ -25,13 +27,21 @@ def wanted_names(value: object) -> list[str]:
 
 
 def look_command(names: Sequence[str]) -> str:
-    return shlex.join(["dpkg-query", "--show", f"--showformat={FORMAT}", *names])
+    """Lines of three words: how each package is, which ones nobody asked for, and this machine's architecture."""
+    query = shlex.join(["dpkg-query", "--show", f"--showformat={FORMAT}", *names])
+    return f'{query}; {AUTOMATIC}; echo "native|$(dpkg --print-architecture)|"'
 
 
 def installed(answer: str) -> set[str]:
-    """Packages that are whole: wanted or held, unpacked and configured, without an error (dpkg-query(1))."""
-    lines = (line.split("|") for line in answer.splitlines())
-    return {line[1] for line in lines if len(line) == 2 and line[0] in ("ii ", "hi ")}
+    """Packages that are whole: wanted or held, unpacked and configured, without an error (dpkg-query(1)).
+
+    Of this machine's architecture or of none, and asked for: apt marks others so when they are installed by name.
+    """
+    lines = [line.split("|") for line in answer.splitlines() if line.count("|") == 2]
+    native = {"all", *(architecture for kind, architecture, _ in lines if kind == "native")}
+    automatic = {name for kind, _, name in lines if kind == "automatic"}
+    whole = {name for kind, architecture, name in lines if kind in ("ii ", "hi ") and architecture in native}
+    return whole - automatic
 
 
 class ActionModule(ActionBase):  # type: ignore[misc]  # ansible-core ships no types
@@ -43,7 +53,7 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible-core ships no t
             names = wanted_names(self._task.args.get("name"))
         except ValueError as error:
             raise AnsibleActionFail(str(error)) from None
-        # It fails where dpkg does not know one, and says no less of the others.
+        # dpkg-query fails where it does not know one, and says no less of the others.
         seen = self._low_level_execute_command(look_command(names))
         if installed(str(seen.get("stdout", ""))) >= set(names):
             return {"changed": False}

@@ -19,12 +19,11 @@ UNIT_NOT_FOUND = "Could not find the requested service"
 JOURNAL_LINES = 20
 # What makes a unit read its files: its start, or the last change of its state, which a reload is, too.
 SINCE = {"restarted": "InactiveExitTimestamp", "reloaded": "StateChangeTimestamp"}
-SHOWN = (
-    "LoadState,UnitFileState,NeedDaemonReload,"
-    "ConditionResult,ActiveState,ReloadResult,InactiveExitTimestamp,StateChangeTimestamp"
-)
+SHOWN = "LoadState,NeedDaemonReload,ConditionResult,ActiveState,ReloadResult,InactiveExitTimestamp,StateChangeTimestamp"
 # Options of which a look tells whether they are met.
 JUDGED = {"name", "state", "enabled", "daemon_reload"}
+# Of the service that they start on demand a look at them does not tell whether systemd has its unit file as it is.
+STARTERS = (".socket", ".timer", ".path")
 MARK = "\n--\n"
 
 
@@ -44,9 +43,11 @@ def unit_to_come(result: dict[str, Any], name: str) -> dict[str, Any] | None:
 
 def look_command(name: str, reads: Sequence[str]) -> str:
     """One way to the host for all that is asked of the unit, its files and the clock that dates both."""
-    show = f"systemctl show --timestamp=us+utc --property={SHOWN} {shlex.quote(name)}"
+    show = f"export LC_ALL=C; systemctl show --timestamp=us+utc --property={SHOWN} {shlex.quote(name)}"
+    # Asked apart: systemctl show has it from when the unit was loaded.
+    enabled = f'echo "IsEnabled=$(systemctl is-enabled {shlex.quote(name)})"'
     stat = shlex.join(["stat", "--dereference", "--format=%.9Y %n", "--", *reads])
-    return f"{show} && echo -- && date +%s.%N" + (f" && {stat}" if reads else "")
+    return f"{show} && {enabled} && echo -- && date +%s.%N" + (f" && {stat}" if reads else "")
 
 
 def seconds_of(timestamp: str) -> Decimal | None:
@@ -105,10 +106,11 @@ class Look:
             "LoadState": "loaded",
             "NeedDaemonReload": "no",
             "ActiveState": "active",
-            **({"UnitFileState": "enabled"} if args.get("enabled") is True else {}),
+            **({"IsEnabled": "enabled"} if args.get("enabled") is True else {}),
         }
         return (
             set(args) <= JUDGED
+            and not str(args.get("name")).endswith(STARTERS)
             and args.get("state") == "started"
             and args.get("enabled", True) is True
             and all(self.unit.get(name) == value for name, value in wanted.items())

@@ -7,8 +7,10 @@ DOCUMENTATION = r"""
 module: packages
 short_description: Install Debian packages
 description:
-  - M(ansible.builtin.apt), without recommended packages and with an index that is no older than a day.
-  - Packages that are installed are found so by dpkg alone, and no module runs for them.
+  - M(ansible.builtin.apt), without recommended packages and with an index that is no older than a day, which is read
+    anew only where something is to be installed.
+  - Packages that are installed, and marked as asked for, are found so by one command of a shell, and no module runs
+    for them.
 author: Gleaner
 options:
   name:

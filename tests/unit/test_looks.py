@@ -108,6 +108,9 @@ def answer(kind: str = "regular file", content: str = "text\n", mode: str = "640
     [
         (answer(), True),
         (answer().replace("\n", "\r\n"), True),
+        (f"sudo: unable to resolve host\n{answer()}", True),
+        ("", False),
+        ("sudo: unable to resolve host\n", False),
         (answer(kind="symbolic link"), False),
         (answer(kind="directory"), False),
         (answer(content="other"), False),
@@ -176,6 +179,7 @@ def test_a_file_in_the_place_of_a_folder_is_named(tmp_path: Path, file: Path) ->
         ([{"mode": "0755"}], "wanted a path"),
         ([{"path": "/x", "mode": "0755", "state": "absent"}], "wanted a path"),
         ([{"path": "/x"}], "mode of /x = None; wanted octal digits"),
+        ([{"path": "/x", "mode": 420}], "mode of /x = 420; wanted octal digits"),
         ([{"path": "/x", "mode": "u=rwx"}], "mode of /x = 'u=rwx'; wanted octal digits"),
     ],
 )
@@ -194,7 +198,8 @@ def test_a_link_to_a_folder_is_left_to_the_module() -> None:
 
 # dpkg-query of a host: `half` was unpacked and never configured, `gone` removed with its configuration kept.
 DPKG = """#!/bin/sh
-printf 'ii |whole\\nhi |held\\niU |half\\nrc |gone\\n'
+printf 'ii |%s|whole\\n' "$(dpkg --print-architecture)"
+printf 'hi |all|held\\niU |all|half\\nrc |all|gone\\nii |of-others|foreign\\n'
 exit 1
 """
 
@@ -202,9 +207,28 @@ exit 1
 def test_packages_that_are_installed_need_no_python(tmp_path: Path) -> None:
     (tmp_path / "dpkg-query").write_text(DPKG)
     (tmp_path / "dpkg-query").chmod(0o755)
-    for names, code in (("[whole, held]", 0), ("whole", 0), ("[whole, half]", 2), ("gone", 2), ("unknown", 2)):
+    known = (("[whole, held]", 0), ("whole", 0), ("[whole, half]", 2), ("gone", 2), ("foreign", 2), ("unknown", 2))
+    for names, code in known:
         path = f"{tmp_path}:{os.environ['PATH']}"
         assert play(tmp_path, f"packages: {{name: {names}}}", python=NO_PYTHON, PATH=path).returncode == code, names
+
+
+def test_a_package_that_nobody_asked_for_is_to_be_marked() -> None:
+    answer = "a login says | this\nii |amd64|munge\r\nii |amd64|numactl\nautomatic||numactl\nnative|amd64|\n"
+    assert packages.installed(answer) == {"munge"}
+    assert packages.installed("ii |amd64|munge\n") == set()
+
+
+def test_apts_own_notes_are_read(tmp_path: Path) -> None:
+    notes = tmp_path / "extended_states"
+    notes.write_text(
+        "Package: numactl\nArchitecture: amd64\nAuto-Installed: 1\n\n"
+        "Package: munge\nArchitecture: amd64\nAuto-Installed: 0\n\n"
+    )
+    command = packages.AUTOMATIC.replace("/var/lib/apt/extended_states", str(notes))
+    assert subprocess.run(command, shell=True, check=True, capture_output=True, text=True).stdout == (
+        "automatic||numactl\n"
+    )
 
 
 @pytest.mark.parametrize("value", [None, [], "", "nginx=1.2", ["nginx", 1], ["-o"]])

@@ -194,7 +194,7 @@ def test_an_answer_of_another_kind_is_no_answer(text: str) -> None:
         Look.from_text(text)
 
 
-WELL = {"LoadState": "loaded", "UnitFileState": "enabled", "NeedDaemonReload": "no", "ConditionResult": "yes"}
+WELL = {"LoadState": "loaded", "IsEnabled": "enabled", "NeedDaemonReload": "no", "ConditionResult": "yes"}
 RUNS = {"name": "nginx", "state": "started", "enabled": True, "daemon_reload": True}
 
 
@@ -212,8 +212,9 @@ def test_a_unit_that_runs_as_it_should_needs_no_module(tmp_path: Path) -> None:
     "otherwise",
     [
         {"LoadState": "not-found"},
-        {"UnitFileState": "disabled"},
-        {"UnitFileState": "enabled-runtime"},
+        {"IsEnabled": "disabled"},
+        {"IsEnabled": "enabled-runtime"},
+        {"IsEnabled": ""},
         {"NeedDaemonReload": "yes"},
         {"NeedDaemonReload": ""},
         {"ConditionResult": "no"},
@@ -228,7 +229,14 @@ def test_any_other_unit_is_left_to_the_module(otherwise: dict[str, str]) -> None
 
 @pytest.mark.parametrize(
     "otherwise",
-    [{"state": "restarted"}, {"state": "stopped"}, {"enabled": False}, {"masked": False}, {"scope": "user"}],
+    [
+        {"state": "restarted"},
+        {"state": "stopped"},
+        {"enabled": False},
+        {"masked": False},
+        {"scope": "user"},
+        {"name": "gleaner-lend.socket"},
+    ],
 )
 def test_a_look_judges_no_other_wish(otherwise: dict[str, object]) -> None:
     assert not look("1795939100", **WELL).is_as_wanted({**RUNS, **otherwise}, "restarted")
