@@ -13,6 +13,7 @@ from tests.lab.ansible import ROOT, surroundings
 IMPORTED = """
 - hosts: "{{ who }}"
   gather_facts: false
+  max_fail_percentage: 0
   tasks:
     - ansible.builtin.raw: "exit {{ code }}"
 """
@@ -31,6 +32,11 @@ PLAYBOOK = """
     code: "{{ second_code }}"
     step: "2 of 2: {{ node }} is back"
     step_cure: "{{ node }} stays drained."
+- name: Third
+  hosts: localhost
+  gather_facts: false
+  tasks:
+    - ansible.builtin.debug: {msg: what builds on the second}
 """
 INVENTORY = """
 localhost ansible_connection=local
@@ -62,10 +68,12 @@ def test_the_step_of_an_imported_play_is_named_with_its_cure(tmp_path: Path, who
     assert returned != 0, said
     assert "step 2 of 2: vasp-02 is back: failed. vasp-02 stays drained." in said
     assert "STEP 1 of 2: vasp-02 is drained" in said
+    assert "what builds on the second" not in said
 
 
 def test_a_run_that_ends_well_says_nothing(tmp_path: Path) -> None:
     returned, said = run(tmp_path, "localhost", 0)
     assert returned == 0, said
     assert "STEP 2 of 2: vasp-02 is back" in said
+    assert "what builds on the second" in said
     assert "failed." not in said

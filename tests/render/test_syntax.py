@@ -82,3 +82,20 @@ def test_every_role_is_of_a_playbook_that_was_read() -> None:
     assert {role for name in cluster for role in roles_in(yaml.safe_load((ROOT / name).read_text()))} == ROLES - {
         "lab_host"
     }
+
+
+def test_each_play_ends_the_run_over_a_lost_host_or_says_that_it_does_not() -> None:
+    """As ansible.cfg has it: any_errors_fatal alone does not."""
+    plays = [
+        (path.name, play)
+        for path in sorted((ROOT / "playbooks").glob("*.yml"))
+        for play in yaml.safe_load(path.read_text())
+        if "hosts" in play
+    ]
+    assert len(plays) > 40
+    goes_on = [
+        f"{name}: {play['name']}"
+        for name, play in plays
+        if play.get("any_errors_fatal") is not False and play.get("max_fail_percentage") != 0
+    ]
+    assert goes_on == []
