@@ -40,6 +40,7 @@ MODEL, KEY = "add a model", "change the server key, until both tiers serve"
 ENGINE, ROLLBACK = "change the engine, once it is built", "go back to the engine before"
 REPLACE, REMOVE, BACK = "replace a node, bare machine to serving", "remove a node", "bring it back by `site.yml`"
 GROW, TAKE, RETURN = "grow by a node", "take away", "bring everything back by `site.yml`"
+ACTIONS = (LOOK, HOLD, START, MODEL, ENGINE, ROLLBACK, GROW, REMOVE, BACK, REPLACE, KEY, TAKE, RETURN)
 BARS = {REPLACE: REPLACE_BAR_SECONDS}
 
 
@@ -153,8 +154,7 @@ def prepare_engine() -> None:
 
 
 def figures(rounds: int) -> dict[str, list[float]]:
-    order = (LOOK, HOLD, START, MODEL, ENGINE, ROLLBACK, GROW, REMOVE, BACK, REPLACE, KEY, TAKE, RETURN)
-    found: dict[str, list[float]] = {name: [] for name in order}
+    found: dict[str, list[float]] = {name: [] for name in ACTIONS}
     prepare_engine()
     for number in range(1, rounds + 1):
         found[LOOK].append(timed(lambda: cluster.run(CONTROLLER, "gleaner status")))
