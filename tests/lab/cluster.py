@@ -250,12 +250,12 @@ def complete(model: str, tokens: int = 1, port: int = PORT) -> Answer:
     return ask("/v1/completions", {"model": model, "prompt": "Once upon a time", "max_tokens": tokens}, port=port)
 
 
-def stream(model: str, tokens: int) -> Answer:
+def stream(model: str, tokens: int, port: int = PORT) -> Answer:
     """A stream of so many tokens, read to its end; a whole one ends with `[DONE]`."""
     wish = {"model": model, "prompt": "Once upon a time", "max_tokens": tokens, "stream": True, "ignore_eos": True}
     start = time.monotonic()
     try:
-        return ask("/v1/completions", wish)
+        return ask("/v1/completions", wish, port=port)
     except http.client.IncompleteRead as broken:
         return Answer(200, {}, broken.partial, time.monotonic() - start)
 

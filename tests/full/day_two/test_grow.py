@@ -34,17 +34,6 @@ def _a_bare_machine_beside_a_site_that_serves() -> None:
     split.wait_served()
 
 
-def stream(port: int, model: str) -> cluster.Answer:
-    wish = {
-        "model": model,
-        "prompt": "Once upon a time",
-        "max_tokens": STREAM_TOKENS,
-        "stream": True,
-        "ignore_eos": True,
-    }
-    return cluster.ask("/v1/completions", wish, port=port)
-
-
 @contextlib.contextmanager
 def streaming() -> Iterator[None]:
     """One long stream after the other on each tier, of which none is cut or refused; and the tiers' jobs stay."""
@@ -53,7 +42,7 @@ def streaming() -> Iterator[None]:
     def keep_asking(port: int, model: str) -> list[cluster.Answer]:
         answers = []
         while not over.is_set():
-            answers.append(stream(port, model))
+            answers.append(cluster.stream(model, STREAM_TOKENS, port))
         return answers
 
     before = jobs_and_processes()
