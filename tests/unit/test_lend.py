@@ -60,8 +60,11 @@ def neighbour(tmp_path: Path, store: Store, key: Path) -> Iterator[Neighbour]:  
     assert made.store.run("stage", made.store.entry(), made.store.split()) == 0
     yield made
     wait_for(lambda: made.server.busy == 0)
-    made.server.idle_since = 0.0
-    made.thread.join(5)
+    # Under its lock: a request that ends writes the time, too, right after it was counted out.
+    with made.server.lock:
+        made.server.idle_since = 0.0
+    made.thread.join(10)
+    assert not made.thread.is_alive()
     made.socket.close()
 
 
