@@ -65,7 +65,7 @@ lab-tests: .venv/ready $(VAULT) sources
 
 # The planner's benchmark runs beside a lab of its own (tools/with_lab), since it submits jobs; that of the split, too,
 # since the tiers are away meanwhile.
-bench: .venv/ready
+bench: .venv/ready $(VAULT) sources
 	$(BIN)/python -m benchmarks.gateway
 	$(OWN_LAB) $(BIN)/python -m benchmarks.bring_up
 	GLEANER_LAB_ID=5 PYTHONPATH=src tools/with_lab $(BIN)/python -m benchmarks.split
