@@ -29,16 +29,12 @@ def _plain(value: Any) -> Any:
 
 
 def site_nodes(names: Iterable[str], hostvars: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """The declared nodes of a site; a variable that a host lacks is left out, for site_problems to name.
-
-    A node that playbooks/remove_node.yml is taking away is none any more.
-    """
+    """The declared nodes of a site; a variable that a host lacks is left out, for site_problems to name."""
     # Ansible puts a host's variables together anew each time that they are asked for.
     known = {str(name): hostvars[name] for name in names}
     return {
         name: {key: _plain(variables[key]) for key in _NODE_VARIABLES if key in variables}
         for name, variables in known.items()
-        if not ("node_is_removed" in variables and _plain(variables["node_is_removed"]))
     }
 
 

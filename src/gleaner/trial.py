@@ -364,7 +364,10 @@ def run(args: argparse.Namespace) -> int:
         config = upstream.Config.load(args.config)
         known = {tier.tier for tier in config.tiers}
         if unknown := sorted(set(args.tiers) - known):
-            raise ValueError(f"tiers: got {', '.join(unknown)}, want of {', '.join(sorted(known))}")
+            raise ValueError(
+                f"tiers: got {', '.join(unknown)}, want of {', '.join(sorted(known))} ({args.config}); "
+                "cure: run playbooks/gateway.yml, which tells it of tiers that are new"
+            )
         state = keeper.Config.load(args.keeper).state
         return watch_tiers(config, state, args.node, args.host, args.tiers, args.wait)
     except (ValueError, TrialError) as error:

@@ -213,6 +213,11 @@ def _refusal(reading: Record, jobs: list[slurm.Job]) -> str:
     return ""
 
 
+def _job_of(record: Record | None) -> str:
+    """Which job a line is about, in the words by which `gleaner log` finds it; empty where none is known."""
+    return f" (job {record.job} restart {record.restart})" if record else ""
+
+
 # nginx
 
 
@@ -633,7 +638,10 @@ class Updater:
 
     def _no_line(self, watched: Watched, why: str) -> None:
         tier = watched.config.tier
-        self.changes.say(f"{tier}/line", f"{tier}: no line to its supervisor, its withdrawal may be seen later: {why}")
+        about = _job_of(watched.memory.good)
+        self.changes.say(
+            f"{tier}/line", f"{tier}: no line to its supervisor{about}, its withdrawal may be seen later: {why}"
+        )
 
     def _look(self, watched: Watched, reading: Reading, now: float) -> None:
         tier, memory, router = watched.config, watched.memory, watched.router
@@ -641,6 +649,7 @@ class Updater:
         if memory.good is None and router.up:
             self._adopt(watched, now)
         verdict = decide(tier, memory, reading, jobs, now, self.config.stale_seconds)
+        about = _job_of(reading if isinstance(reading, Record) else memory.good)
         target = verdict.target
         if target is None or (watched.target is not None and watched.target.run != target.run):
             was_up = router.down()
@@ -652,20 +661,20 @@ class Updater:
         watched.verdict, watched.target = verdict, target
         if target is None:
             if was_up or memory.good is not None:
-                say(f"{tier.tier}: routing off: {verdict.why}")
+                say(f"{tier.tier}: routing off{about}: {verdict.why}")
                 self.changes.clear(tier.tier)
             elif not isinstance(reading, Withdrawn) and verdict.why != FIRST_SIGHT:
-                self.changes.say(tier.tier, f"{tier.tier}: not routed: {verdict.why}")
+                self.changes.say(tier.tier, f"{tier.tier}: not routed{about}: {verdict.why}")
             memory.good = None
             return
         if verdict.why:
-            self.changes.say(tier.tier, f"{tier.tier}: {verdict.why}")
+            self.changes.say(tier.tier, f"{tier.tier}: routed on{about}: {verdict.why}")
         else:
             self.changes.clear(tier.tier)
         self._probe(watched, tier.nodes[target.host], now)
         if not memory.healthy:
             if router.down():
-                say(f"{tier.tier}: routing off: /health of {target.host} is not good")
+                say(f"{tier.tier}: routing off{about}: /health of {target.host} is not good")
                 self._leave(watched)
             return
         was_up = router.up

@@ -293,7 +293,7 @@ def test_preemption_ends_routing_before_the_record_goes(site: Site, capfd: pytes
     routed(site)
     site.queue(queue_line(preempted="2026-11-24T01:10:00"))
     site.until(lambda: not site.up, 1.0)
-    assert "routing off: job 41 is being preempted" in capfd.readouterr().err
+    assert "routing off (job 41 restart 0): job 41 is being preempted" in capfd.readouterr().err
 
 
 HOSTILE = {
@@ -456,7 +456,8 @@ def test_a_line_that_ends_withdraws_nothing(site: Site, capfd: pytest.CaptureFix
         channel.close()
         site.turn_for(0.5)
         assert site.up
-    assert "fast: no line to its supervisor, its withdrawal may be seen later" in capfd.readouterr().err
+    said = "fast: no line to its supervisor (job 41 restart 0), its withdrawal may be seen later"
+    assert said in capfd.readouterr().err
 
 
 def test_own_restart_after_the_job_went_drops(site: Site) -> None:

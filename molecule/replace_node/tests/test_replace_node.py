@@ -68,6 +68,10 @@ def test_a_dry_run_on_a_node_that_serves_changes_nothing() -> None:
         (["-e", "node=vasp-99"], "node = vasp-99; wanted one of vasp-01, vasp-02, vasp-03"),
         (["-e", f"node={HEAD}", "--limit", HEAD], f"--limit = {HEAD}; wanted none"),
         (["-e", f"node={HEAD}", "-e", "replace_node_wait_seconds=long"], "replace_node_wait_seconds = long; wanted"),
+        (
+            ["-e", f"node={HEAD}", "-e", "llama_cpp_version=0.1.0-dev"],
+            "llama_cpp_version = 0.1.0-dev; the tiers run with",
+        ),
     ],
 )
 def test_an_order_that_cannot_be_meant_is_refused_with_its_cure(arguments: list[str], said: str) -> None:

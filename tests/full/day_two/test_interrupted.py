@@ -1,4 +1,4 @@
-"""site.yml is killed: on bare hosts, at random points of runs that change much, and before each handler.
+"""site.yml is killed: at random points, on bare hosts and in runs that change much, and before each handler.
 
 Whatever the point, the next run repairs it, and the one after that finds nothing to do. Wants a lab of bare hosts.
 The points are drawn from GLEANER_SEED, which is printed.
@@ -24,13 +24,15 @@ import pytest
 import yaml
 
 from tests.lab import cluster, processes
-from tests.lab.ansible import LAB_ID, ROOT, Run, command, surroundings
+from tests.lab.ansible import LAB_ID, ROOT, Run, command, succeed, surroundings
 from tests.lab.cluster import CONTROLLER, JOB_NAME, NODES, SMOLLM2, SPLIT_JOB, SPLIT_PORT, THINKING, TIER_NODE
 from tests.lab.cluster import run as ask
 
 SEED = int(os.environ.get("GLEANER_SEED") or time.time_ns() % 1_000_000)
-# With the one on bare hosts there are ten.
-RANDOM_KILLS = 9
+# Of runs on bare hosts, and of runs that change much.
+BARE_KILLS, RANDOM_KILLS = 2, 8
+# A run on bare hosts has more; the last of these is in the gateway.
+BARE_HEADINGS = 360
 HEADING = re.compile(r"(?:TASK|RUNNING HANDLER|PLAY) \[.*\]")
 # Nothing is claimed of the time: a run that hangs is to end.
 RUN_SECONDS = 1500
@@ -214,6 +216,30 @@ def grace() -> str:
 def test_a_run_on_bare_hosts_is_killed_when_munge_runs_with_another_key(tmp_path: Path) -> None:
     arguments = HERE.variables(tmp_path)
     killed_at("RUNNING HANDLER [munge : Restart munge]", *arguments)
+    repaired(*arguments)
+    assert_in_force(HERE)
+
+
+@pytest.mark.parametrize("number", range(BARE_KILLS))
+def test_a_run_on_bare_hosts_is_killed_at_a_random_point(number: int, tmp_path: Path) -> None:
+    """While packages are installed, accounting is set up, the engine built, models brought: whatever it is then."""
+    succeed("playbooks/lab_down.yml")
+    succeed("playbooks/lab_up.yml")
+    for name in (CONTROLLER, *NODES):
+        cluster.forget(name)
+    draw = random.Random(SEED + number)
+    # One in each half: most of the time goes by in the first, most tasks are in the second.
+    index, rest = int((number + draw.random()) / BARE_KILLS * BARE_HEADINGS), draw.random()
+
+    def is_hit(run: Play) -> bool:
+        headings = run.headings
+        return len(headings) > index and time.monotonic() - run.began >= headings[index][0] + rest
+
+    arguments = HERE.variables(tmp_path)
+    run = play(arguments, is_hit)
+    where = f"{run.headings[-1][1]} (heading {len(run.headings)}, seed {SEED})"
+    assert run.process.returncode == -signal.SIGKILL, f"it ended before it was killed: {where}\n{run.run.output}"
+    print(f"kill {number + 1} of {BARE_KILLS} on bare hosts: {where}", flush=True)
     repaired(*arguments)
     assert_in_force(HERE)
 

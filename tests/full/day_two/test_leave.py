@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,39 @@ def test_whoever_thinks_better_of_it_half_way_gets_the_node_back(without: list[s
         cluster.cancel(job)
     come_back()
     assert "DRAIN" not in run(CONTROLLER, f"scontrol show node {LEAVES}")
+
+
+def test_a_tier_that_moves_serves_while_a_job_of_others_is_waited_for(tmp_path: Path) -> None:
+    """And a job that asks for the very node meanwhile is named before it would be lost."""
+    file = tmp_path / "tiers.json"
+    file.write_text(json.dumps({"tiers": [{**inventory.tiers()["fast"], "nodes": [LEAVES]}]}))
+    arguments = ["-e", f"node={TIER_NODE}", "-e", f"@{file}", "-e", "remove_node_wait_seconds=900"]
+    paying = cluster.submit(f"-p gpu_vasp --nodelist={TIER_NODE} --time=30 --wrap 'sleep 1800'")
+    waiting = None
+    try:
+        preempt.wait_runs(paying)
+        with ThreadPoolExecutor(1) as pool:
+            leaving = pool.submit(playbook, REMOVE, *arguments, timeout=PLAYBOOK_SECONDS)
+            try:
+                cluster.wait_until("the tier serves on the other node", lambda: served_on(LEAVES), 300)
+                assert preempt.runs(paying), "the paying job was ended"
+                waiting = cluster.submit(f"-p gpu_vasp --nodelist={TIER_NODE} --begin=now+1hour --wrap 'sleep 1'")
+            finally:
+                cluster.cancel(paying)
+            broken_off = leaving.result()
+        assert broken_off.code != 0
+        assert f"job {waiting} of alice" in broken_off.text
+        assert f"must have {TIER_NODE}, which stays drained" in broken_off.text
+        assert knows(TIER_NODE)
+    finally:
+        if waiting is not None:
+            cluster.cancel(waiting)
+    come_back()
+
+
+def served_on(node: str) -> bool:
+    job = cluster.tier_job()
+    return job is not None and job.node == node and cluster.ask("/health").status == 200
 
 
 def test_a_node_leaves_without_a_trace_and_the_others_serve_on(without: list[str]) -> None:

@@ -20,6 +20,7 @@ REMOVE = "playbooks/remove.yml"
 UID = 64200
 SITE_SECONDS = 1200
 SITE = "/etc/nginx/sites-enabled/ai-inference"
+ANOTHERS = "/cluster/shared/ai/logs/7"
 PORTS = (8080, 8081, 8098, 50052)
 # What the head of the playbook says of units, and of models.
 DROP_IN = "/etc/systemd/system/slurmd.service.d/gleaner.conf"
@@ -163,10 +164,14 @@ def test_a_dry_run_names_what_would_go_and_changes_nothing(before: Before) -> No
     assert_noticed_nothing(before)
 
 
-def test_a_node_does_not_go_before_the_tiers(before: Before) -> None:
+def test_a_part_of_the_cluster_does_not_go_while_tiers_are_kept(before: Before) -> None:
     refused = playbook(REMOVE, "--limit", "vasp-03")
     assert refused.code != 0
     assert "ansible-playbook playbooks/remove_node.yml -e node=vasp-03" in refused.text
+    # Nor with the controller alone: two nodes would keep what is ours, and nobody would know.
+    refused = playbook(REMOVE, "--limit", f"{CONTROLLER},vasp-03")
+    assert refused.code != 0
+    assert "wanted no limit while tiers are kept: vasp-01, vasp-02 would be left" in refused.text
     assert cluster.complete(THINKING, port=SPLIT_PORT).status == 200
     assert_noticed_nothing(before)
 
@@ -180,7 +185,10 @@ def test_broken_off_in_the_middle_it_is_finished_by_the_next_run(before: Before)
     with started(REMOVE) as play:
         cluster.wait_until("nginx is not to serve", lambda: not cluster.host(CONTROLLER).file(SITE).exists, 300, 0.05)
         play.send_signal(signal.SIGKILL)
+    # What a service before Gleaner logged there, as another user.
+    run(CONTROLLER, f"mkdir -p {ANOTHERS} && touch {ANOTHERS}/rpc-vasp-03.log")
     succeed(REMOVE)
+    run(CONTROLLER, f"rm {ANOTHERS}/rpc-vasp-03.log && rmdir -p {ANOTHERS} --ignore-fail-on-non-empty")
     assert_gone()
     assert_noticed_nothing(before)
 

@@ -9,6 +9,7 @@ import difflib
 import json
 import os
 import re
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -307,7 +308,12 @@ def slurmctld_that_dies_of_the_signal() -> Iterator[None]:
 
 def test_a_slurmctld_that_does_not_come_back_has_its_own_configuration_again() -> None:
     with slurmctld_that_dies_of_the_signal():
-        its_own = files(CONTROLLER)["slurm.conf"]
+        its_own, pid = files(CONTROLLER)["slurm.conf"], slurmctld()
+        # The second run finds the line in the file already, and what was there before where the first has put it.
+        with ansible.started("playbooks/cluster.yml", *SITE, *APPLY) as broken_off:
+            cluster.wait_until("it is written", lambda: files(CONTROLLER)["slurm.conf"] != its_own, 300, 0.05)
+            broken_off.send_signal(signal.SIGKILL)
+        assert slurmctld() == pid, "it was started anew before the run was killed"
         applied = site(*APPLY, playbook="playbooks/cluster.yml")
         assert applied.failed == {CONTROLLER}, applied.output
         assert f"slurmctld did not come back with {SIGNAL}" in applied.text, applied.output
