@@ -160,6 +160,19 @@ def killed_at(heading: str, *arguments: str) -> None:
     print(f"killed at {heading}", flush=True)
 
 
+def killed_past(index: int, rest: float, what: str, *arguments: str) -> None:
+    """Kill a run so many seconds after its heading with this number; `what` says of the kill what the run does not."""
+
+    def is_hit(run: Play) -> bool:
+        headings = run.headings
+        return len(headings) > index and time.monotonic() - run.began >= headings[index][0] + rest
+
+    run = play(arguments, is_hit)
+    where = f"{what}, seed {SEED}: {run.headings[-1][1]} (heading {len(run.headings)})"
+    assert run.process.returncode == -signal.SIGKILL, f"it ended before it was killed: {where}\n{run.run.output}"
+    print(f"kill {where}", flush=True)
+
+
 def assert_in_force(site: Site) -> None:
     """Tiers serve, and what runs is what the files say, as it is seen from outside."""
     digests = {tier["job_name"]: tier["digest"] for tier in keeper_tiers()}
@@ -234,16 +247,8 @@ def test_a_run_on_bare_hosts_is_killed_at_a_random_point(number: int, bare_headi
     draw = random.Random(SEED + number)
     # One in each half: most of the time goes by in the first, most tasks are in the second.
     index, rest = int((number + draw.random()) / BARE_KILLS * bare_headings), draw.random()
-
-    def is_hit(run: Play) -> bool:
-        headings = run.headings
-        return len(headings) > index and time.monotonic() - run.began >= headings[index][0] + rest
-
     arguments = HERE.variables(tmp_path)
-    run = play(arguments, is_hit)
-    where = f"{run.headings[-1][1]} (heading {len(run.headings)}, seed {SEED})"
-    assert run.process.returncode == -signal.SIGKILL, f"it ended before it was killed: {where}\n{run.run.output}"
-    print(f"kill {number + 1} of {BARE_KILLS} on bare hosts: {where}", flush=True)
+    killed_past(index, rest, f"{number + 1} of {BARE_KILLS} on bare hosts", *arguments)
     repaired(*arguments)
     assert_in_force(HERE)
 
@@ -276,15 +281,7 @@ def test_a_run_that_changes_much_is_killed_at_a_random_point(
     # Named by the heading, since no two runs are equally fast.
     index = max(place for place, (start, _) in enumerate(reference) if start <= moment)
     rest = moment - reference[index][0]
-
-    def is_hit(run: Play) -> bool:
-        headings = run.headings
-        return len(headings) > index and time.monotonic() - run.began >= headings[index][0] + rest
-
-    run = play(arguments, is_hit)
-    where = f"{run.headings[-1][1]} ({share:.0%} of a run, seed {SEED})"
-    assert run.process.returncode == -signal.SIGKILL, f"it ended before it was killed: {where}\n{run.run.output}"
-    print(f"kill {number + 1} of {RANDOM_KILLS}: {where}", flush=True)
+    killed_past(index, rest, f"{number + 1} of {RANDOM_KILLS}, at {share:.0%} of a run", *arguments)
     repaired(*arguments)
     assert_in_force(site)
 
