@@ -308,17 +308,21 @@ def slurmctld_that_dies_of_the_signal() -> Iterator[None]:
 
 def test_a_slurmctld_that_does_not_come_back_has_its_own_configuration_again() -> None:
     with slurmctld_that_dies_of_the_signal():
-        its_own, pid = files(CONTROLLER)["slurm.conf"], slurmctld()
+        its_own, pid = {name: files(name) for name in HOSTS}, slurmctld()
+        slurm_conf = its_own[CONTROLLER]["slurm.conf"]
         # The second run finds the line in the file already, and what was there before where the first has put it.
         with ansible.started("playbooks/cluster.yml", *SITE, *APPLY) as broken_off:
-            cluster.wait_until("it is written", lambda: files(CONTROLLER)["slurm.conf"] != its_own, 300, 0.05)
+            cluster.wait_until("it is written", lambda: files(CONTROLLER)["slurm.conf"] != slurm_conf, 300, 0.05)
             broken_off.send_signal(signal.SIGKILL)
         assert slurmctld() == pid, "it was started anew before the run was killed"
         applied = site(*APPLY, playbook="playbooks/cluster.yml")
         assert applied.failed == {CONTROLLER}, applied.output
         assert f"slurmctld did not come back with {SIGNAL}" in applied.text, applied.output
         assert f"{CONTROLLER}: /etc/slurm/slurm.conf of /etc/slurm/slurm.conf." in applied.text
-        assert files(CONTROLLER)["slurm.conf"] == its_own
+        # partitions.conf, too, which this change has not touched and an earlier run has.
+        now = {name: files(name) for name in HOSTS}
+        assert now[CONTROLLER].pop("slurm.conf.untold")
+        assert now == its_own
         assert "is UP" in run(CONTROLLER, "scontrol ping")
 
     said = site("--tags", "slurm_preemption", *APPLY, playbook="playbooks/cluster.yml")
