@@ -14,6 +14,7 @@ from tests.lab.cluster import CONTROLLER, HEAD, SERVICE_USER, SMOLLM2, SPLIT_JOB
 
 REPLACE = "playbooks/replace_node.yml"
 OURS = "gleaner: replaced"
+CURRENT = "/cluster/shared/ai/llama.cpp/current"
 
 
 # A bare machine takes a minute or two; beside other labs several.
@@ -72,6 +73,10 @@ def test_a_dry_run_on_a_node_that_serves_changes_nothing() -> None:
             ["-e", f"node={HEAD}", "-e", "llama_cpp_version=0.1.0-dev"],
             "llama_cpp_version = 0.1.0-dev; the tiers run with",
         ),
+        (
+            ["-e", f"node={HEAD}", "-e", f"vault_server_key={'0123456789abcdef' * 4}"],
+            "vault_server_key = another than the tiers serve with",
+        ),
     ],
 )
 def test_an_order_that_cannot_be_meant_is_refused_with_its_cure(arguments: list[str], said: str) -> None:
@@ -120,7 +125,11 @@ def test_a_machine_destroyed_in_the_middle_of_a_stream_is_replaced_by_one_comman
     assert reason(HEAD) != OURS
     assert machines.key_of(HEAD) == keys.old
 
-    done = replaced("-e", f"node={HEAD}", "-e", json.dumps({"node_host_key": keys.new}))
+    # As after an update of the compiler, the same version would come out as another build.
+    another = {"llama_cpp_extra_cmake_options": ["-DGGML_LTO=OFF"]}
+    engine = run(CONTROLLER, f"readlink {CURRENT}")
+    done = replaced("-e", f"node={HEAD}", "-e", json.dumps({"node_host_key": keys.new, **another}))
+    assert run(CONTROLLER, f"readlink {CURRENT}") == engine
     assert "STEP 8 of 8" in done.text
     assert f"{HEAD} is in service, and a tier answers over it." in done.text
     assert machines.key_of(HEAD) == keys.new
