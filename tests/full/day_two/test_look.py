@@ -102,6 +102,8 @@ def test_a_node_that_slurm_drains_is_named_with_the_reason() -> None:
 
 
 def test_a_dead_node_is_named_and_the_others_are_told_of() -> None:
+    # Ansible keeps its connections for a while, and this one leads nowhere then.
+    succeed(PLAYBOOK)
     with split.cut(WORKER, "m", "r"):
         told = playbook(PLAYBOOK, "--check")
         assert told.code == 0, told.output
