@@ -170,7 +170,8 @@ def figures(rounds: int) -> dict[str, list[float]]:
         found[REPLACE].append(replace())
         found[KEY].append(timed(lambda: change_key("-e", f"vault_server_key={OTHER_KEY}")))
         change_key()
-        print(f"round {number}: { ({name: round(values[-1], 1) for name, values in found.items()}) }", flush=True)
+        shown = {name: round(values[-1], 1) for name, values in found.items() if values}
+        print(f"round {number}: {shown}", flush=True)
     # Once, since the builds go, too.
     found[TAKE].append(timed(lambda: succeed("playbooks/remove.yml")))
     found[RETURN].append(timed(site_until_served))
