@@ -20,7 +20,7 @@ from pathlib import Path
 from benchmarks import lab, report
 from tests.lab import cluster, inventory, machines, models
 from tests.lab.ansible import CACHE, playbook, succeed
-from tests.lab.cluster import CONTROLLER, PORT, SPLIT_PORT, TIER_NODE
+from tests.lab.cluster import CONTROLLER, OTHER_KEY, PORT, SPLIT_PORT, TIER_NODE
 
 DOCUMENT = lab.ROOT / "docs" / "operations.md"
 REPLACE_BAR_SECONDS = 180.0
@@ -31,7 +31,6 @@ WITH_COMES = ("-i", "tests/full/day_two/inventory")
 TIERS = {"fast": PORT, "reasoning": SPLIT_PORT}
 # In the lab's engine.yml, beside the one in use.
 OTHER_ENGINE = "0.1.0-dev"
-OTHER_KEY = "0123456789abcdef" * 4
 # Nothing is claimed of the time of a build, or of a machine that Slurm gives up: a run that hangs is to end.
 RUN_SECONDS = 1800
 

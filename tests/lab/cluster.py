@@ -39,6 +39,8 @@ SERVICE_USER = "ai-inference"
 PORT = 8080
 SMOLLM2, GEMMA3, TINY = "smollm2-135m-instruct-q4_1", "gemma-3-270m-q4_k_m", "tiny-random-llama-f16"
 REGISTRY = "/cluster/shared/ai/endpoints"
+# A vault_server_key that is not the lab's.
+OTHER_KEY = "0123456789abcdef" * 4
 
 # A tier that lost its server, its job or its gateway is back by then, without a human.
 BACK_SECONDS = 90.0

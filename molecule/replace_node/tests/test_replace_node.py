@@ -10,7 +10,7 @@ import pytest
 
 from tests.lab import cluster, machines, split
 from tests.lab.ansible import Run, playbook
-from tests.lab.cluster import CONTROLLER, HEAD, SERVICE_USER, SMOLLM2, SPLIT_JOB, SPLIT_PORT, TIER_NODE, run
+from tests.lab.cluster import CONTROLLER, HEAD, OTHER_KEY, SERVICE_USER, SMOLLM2, SPLIT_JOB, SPLIT_PORT, TIER_NODE, run
 
 REPLACE = "playbooks/replace_node.yml"
 OURS = "gleaner: replaced"
@@ -74,7 +74,7 @@ def test_a_dry_run_on_a_node_that_serves_changes_nothing() -> None:
             "llama_cpp_version = 0.1.0-dev; the tiers run with",
         ),
         (
-            ["-e", f"node={HEAD}", "-e", f"vault_server_key={'0123456789abcdef' * 4}"],
+            ["-e", f"node={HEAD}", "-e", f"vault_server_key={OTHER_KEY}"],
             "vault_server_key = another than the tiers serve with",
         ),
     ],

@@ -22,7 +22,7 @@ from tests.docs import sessions
 from tests.docs.sessions import DOCUMENTS, HERE, Command
 from tests.lab import cluster, preempt
 from tests.lab.ansible import LAB_ID, ROOT, succeed, surroundings
-from tests.lab.cluster import CONTROLLER, SMOLLM2, TIER_NODE, WORKERS, run
+from tests.lab.cluster import CONTROLLER, OTHER_KEY, SMOLLM2, TIER_NODE, WORKERS, run
 
 OPERATIONS, TROUBLESHOOTING = DOCUMENTS
 GPUS = "/etc/lab-gpus.json"
@@ -304,7 +304,7 @@ def test_an_action_does_what_its_text_says(command: Command) -> None:
 def test_another_key_is_brought_and_then_the_one_before() -> None:
     key = "/etc/gleaner/server.key"
     before = run(CONTROLLER, f"sha256sum {key}")
-    for new, other in ((f" -e vault_server_key={'0123456789abcdef' * 4}", True), ("", False)):
+    for new, other in ((f" -e vault_server_key={OTHER_KEY}", True), ("", False)):
         serve()
         for command in typed(OPERATIONS):
             if command.section == REKEY:
