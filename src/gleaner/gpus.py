@@ -19,6 +19,8 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from gleaner import slurm
+
 EXIT_FAILED = 1
 EXIT_REFUSED = 2
 
@@ -425,16 +427,11 @@ def foreign(node: str, there: Sequence[Process]) -> list[str]:
 
 
 def job_processes() -> set[int] | None:
-    """Every process on this node that belongs to a job; None when slurmd cannot be asked."""
+    """Every process on this node that belongs to a job; None when Slurm cannot be asked."""
     try:
-        done = subprocess.run(["scontrol", "listpids"], capture_output=True, text=True, timeout=10, check=False)
-    except (OSError, subprocess.TimeoutExpired):
+        return {pid for pids in slurm.job_processes().values() for pid in pids}
+    except slurm.SlurmError:
         return None
-    lines = done.stdout.splitlines()
-    if not lines or lines[0].split()[:1] != ["PID"]:
-        # A node without a job says so on stderr.
-        return set() if "No job steps" in done.stderr else None
-    return {int(line.split()[0]) for line in lines[1:] if line.split()[0].isdigit()}
 
 
 # At the start of a tier

@@ -6,7 +6,6 @@ import argparse
 import contextlib
 import json
 import re
-import subprocess
 import sys
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +16,6 @@ from gleaner import bounded, engine, files, gpus, measured, slurm, stage
 
 VERSION = 1
 SHARED_SECONDS = 5.0
-COMMAND_SECONDS = 10.0
 # Of timeout(1): by TERM, and by the KILL that follows.
 TIMED_OUT = (124, 137)
 
@@ -43,30 +41,6 @@ def build_in_use(root: Path) -> dict[str, str]:
         return {"build": build.name, "manifest": engine.identity(build)}
 
     return bounded.ask(str(root), look, SHARED_SECONDS)
-
-
-def job_processes() -> dict[int, list[int]]:
-    """The processes of each job on this node; SlurmError when slurmd does not say."""
-    argv = ["scontrol", "listpids"]
-    try:
-        done = subprocess.run(
-            argv, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=COMMAND_SECONDS, check=False,
-            env=slurm.environment(),
-        )  # fmt: skip
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise slurm.SlurmError(f"scontrol listpids: {error}") from None
-    lines = done.stdout.splitlines()
-    if not lines or lines[0].split()[:2] != ["PID", "JOBID"]:
-        # A node without a job says so on stderr.
-        if "No job steps" in done.stderr:
-            return {}
-        raise slurm.SlurmError(f"scontrol listpids: {done.stderr.strip() or 'no answer'}")
-    found: dict[int, list[int]] = {}
-    for line in lines[1:]:
-        cells = line.split()
-        if len(cells) >= 2 and cells[0].isdigit() and cells[1].isdigit():
-            found.setdefault(int(cells[1]), []).append(int(cells[0]))
-    return found
 
 
 def process_kib(proc: Path, pid: int) -> int:
@@ -173,7 +147,7 @@ def facts(root: Path, spec: Path, smi: str, proc: Path) -> dict[str, Any]:
     except gpus.GpuError as error:
         problems.append(f"gpus: {error}")
     try:
-        told["jobs"] = jobs(job_processes(), on_gpus, there, proc)
+        told["jobs"] = jobs(slurm.job_processes(), on_gpus, there, proc)
     except slurm.SlurmError as error:
         problems.append(f"jobs: {error}")
     told["problems"] = problems

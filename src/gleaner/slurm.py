@@ -19,6 +19,9 @@ _ABSENT = {"", "N/A", "None", "(null)", "Unknown"}
 ACCOUNTING_SECONDS = 300.0
 # Slurm looks at time limits about once a minute.
 _LIMIT_RESOLUTION_SECONDS = 60
+# What a step that ends needs to be gone.
+STEP_ENDS_SECONDS = 5.0
+_STEP_ENDS = ("Unable to connect to slurmstepd", "does not exist on this node")
 # A node in any other state, or with any other mark (`*` does not answer, DRAIN, MAINT, …), starts no job of ours.
 _UP_STATES = {"IDLE", "MIXED", "ALLOCATED"}
 _UP_FLAGS = {"CLOUD", "COMPLETING", "DYNAMIC_NORM", "PLANNED"}
@@ -410,6 +413,36 @@ def start_soon(job_id: int, seconds: int) -> None:
     credential of the run before was revoked ("Job credential revoked"), and Slurm counts whole seconds.
     """
     run(["scontrol", "update", f"JobId={job_id}", f"StartTime=now+{seconds}" if seconds else "StartTime=now"])
+
+
+def job_processes(patience_seconds: float = STEP_ENDS_SECONDS) -> dict[int, list[int]]:
+    """The processes of each job on this node; SlurmError when Slurm does not say.
+
+    For one step that ends just then `scontrol listpids` says nothing of all the others (its exit code is looked at
+    before anything is printed), so it is asked again until `patience_seconds` have passed.
+    """
+    deadline = time.monotonic() + patience_seconds
+    while True:
+        try:
+            return parse_listpids(run(["scontrol", "listpids"]))
+        except SlurmError as error:
+            if "No job steps" in str(error):
+                return {}
+            if not any(words in str(error) for words in _STEP_ENDS) or time.monotonic() >= deadline:
+                raise
+        time.sleep(0.5)
+
+
+def parse_listpids(text: str) -> dict[int, list[int]]:
+    """From `scontrol listpids`; SlurmError when it is nothing of the kind."""
+    lines = [line.split() for line in text.splitlines()]
+    if not lines or lines[0][:2] != ["PID", "JOBID"]:
+        raise SlurmError(f"scontrol listpids: got {text[:80]!r}, want a table of PID and JOBID")
+    found: dict[int, list[int]] = {}
+    for cells in lines[1:]:
+        if len(cells) >= 2 and cells[0].isdigit() and cells[1].isdigit():
+            found.setdefault(int(cells[1]), []).append(int(cells[0]))
+    return found
 
 
 def hosts(expression: str) -> list[str]:
