@@ -426,14 +426,6 @@ def foreign(node: str, there: Sequence[Process]) -> list[str]:
     ]
 
 
-def job_processes() -> set[int] | None:
-    """Every process on this node that belongs to a job; None when Slurm cannot be asked."""
-    try:
-        return {pid for pids in slurm.job_processes().values() for pid in pids}
-    except slurm.SlurmError:
-        return None
-
-
 # At the start of a tier
 
 
@@ -504,15 +496,18 @@ def strangers(node: str, smi: str, proc: Path) -> list[str]:
 def _of_no_job(node: str, smi: str, proc: Path) -> list[Process]:
     """What is on the GPUs and no job's. GpuError where only Slurm could tell, and it does not."""
     there = processes(smi)
-    # Asked afterwards, so that a job that began meanwhile is known.
-    known = job_processes() if there else set()
-    if known is None:
+    if not there:
+        return []
+    try:
+        # Asked afterwards, so that a job that began meanwhile is known.
+        known = {pid for pids in slurm.job_processes().values() for pid in pids}
+    except slurm.SlurmError:
         if runs_slurm(proc):
             held = ", ".join(str(process.pid) for process in there)
             raise GpuError(
                 f"{node}: Slurm cannot be asked whose processes are on its GPUs (pid {held}): "
                 "`scontrol listpids` fails: start slurmd, and run again"
-            )
+            ) from None
         known = set()
     return [process for process in there if process.pid not in known]
 

@@ -251,27 +251,22 @@ LISTPIDS = (
 REFUSED = "Unable to connect to slurmstepd: Connection refused"
 
 
-def scontrol(commands: Home, *answers: str) -> None:
-    """Has `scontrol` answer in turn, by lines of shell; the last answer stays."""
-    count = commands.root / "asked"
-    cases = "".join(f"{number}) {answer};;\n" for number, answer in enumerate(answers[:-1], 1))
+def test_a_step_that_ends_hides_no_processes_of_others(commands: Home) -> None:
+    commands.set(commands.slurm / "ends", REFUSED + "\n")
+    commands.set(commands.slurm / "pids", LISTPIDS)
     Home.program(
         commands.bin / "scontrol",
-        f"#!/bin/sh\necho >>{count}\ncase $(wc -l <{count}) in\n{cases}*) {answers[-1]};;\nesac\n",
+        '#!/bin/sh\ncd "$FAKE_SLURM"\nif [ -e ends ]; then cat ends >&2; rm ends; exit 1; fi\ncat pids\n',
     )
-
-
-def test_a_step_that_ends_hides_no_processes_of_others(commands: Home) -> None:
-    scontrol(commands, f"echo {REFUSED!r} >&2; exit 1", f"cat <<'.'\n{LISTPIDS}.\n")
     assert slurm.job_processes() == {14: [310, 412]}
 
 
 def test_a_step_that_cannot_be_asked_is_told_in_the_end(commands: Home) -> None:
-    scontrol(commands, f"echo {REFUSED!r} >&2; exit 1")
+    commands.set(commands.slurm / "scontrol.fails", REFUSED + "\n")
     with pytest.raises(slurm.SlurmError, match=REFUSED):
         slurm.job_processes(patience_seconds=0.0)
 
 
 def test_a_node_without_a_job_has_no_processes(commands: Home) -> None:
-    scontrol(commands, "echo 'No job steps exist on this node.' >&2; exit 1")
+    commands.set(commands.slurm / "scontrol.fails", "No job steps exist on this node.\n")
     assert slurm.job_processes() == {}
