@@ -500,7 +500,7 @@ def _of_no_job(node: str, smi: str, proc: Path) -> list[Process]:
         return []
     try:
         # Asked afterwards, so that a job that began meanwhile is known.
-        known = {pid for pids in slurm.job_processes().values() for pid in pids}
+        known = {pid for pids in slurm.job_processes(proc).values() for pid in pids}
     except slurm.SlurmError:
         if runs_slurm(proc):
             held = ", ".join(str(process.pid) for process in there)

@@ -147,7 +147,7 @@ def facts(root: Path, spec: Path, smi: str, proc: Path) -> dict[str, Any]:
     except gpus.GpuError as error:
         problems.append(f"gpus: {error}")
     try:
-        told["jobs"] = jobs(slurm.job_processes(), on_gpus, there, proc)
+        told["jobs"] = jobs(slurm.job_processes(proc), on_gpus, there, proc)
     except slurm.SlurmError as error:
         problems.append(f"jobs: {error}")
     told["problems"] = problems

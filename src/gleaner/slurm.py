@@ -5,12 +5,14 @@ Formats are explicit, because --json differs between the releases in use. Slurm'
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import subprocess
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from gleaner import digest
 from gleaner.states import Cause
@@ -21,7 +23,9 @@ ACCOUNTING_SECONDS = 300.0
 _LIMIT_RESOLUTION_SECONDS = 60
 # What a step that ends needs to be gone.
 STEP_ENDS_SECONDS = 5.0
-_STEP_ENDS = ("Unable to connect to slurmstepd", "does not exist on this node")
+# Of `scontrol listpids`, by Slurm 22.05 and 24.11.
+_STEP_IS_GONE = ("Unable to connect to slurmstepd", "does not exist on")
+_NO_STEPS = ("No job steps exist", "There are no steps for job")
 # A node in any other state, or with any other mark (`*` does not answer, DRAIN, MAINT, …), starts no job of ours.
 _UP_STATES = {"IDLE", "MIXED", "ALLOCATED"}
 _UP_FLAGS = {"CLOUD", "COMPLETING", "DYNAMIC_NORM", "PLANNED"}
@@ -415,22 +419,51 @@ def start_soon(job_id: int, seconds: int) -> None:
     run(["scontrol", "update", f"JobId={job_id}", f"StartTime=now+{seconds}" if seconds else "StartTime=now"])
 
 
-def job_processes(patience_seconds: float = STEP_ENDS_SECONDS) -> dict[int, list[int]]:
-    """The processes of each job on this node; SlurmError when Slurm does not say.
+def job_processes(proc: Path, patience_seconds: float = STEP_ENDS_SECONDS) -> dict[int, list[int]]:
+    """The processes of each job on this node, whose processes are seen in `proc`; SlurmError when Slurm does not say.
 
-    For one step that ends just then `scontrol listpids` says nothing of all the others (its exit code is looked at
-    before anything is printed), so it is asked again until `patience_seconds` have passed.
+    `scontrol listpids` says nothing of all the others (its exit code is looked at before anything is printed) while one
+    step cannot be asked: a moment when it ends, ten minutes when its slurmstepd was killed, since its socket stays for
+    so long. Then each job that has a slurmstepd is asked for, again until `patience_seconds` have passed.
     """
     deadline = time.monotonic() + patience_seconds
     while True:
         try:
-            return parse_listpids(run(["scontrol", "listpids"]))
+            return _listpids()
         except SlurmError as error:
-            if "No job steps" in str(error):
-                return {}
-            if not any(words in str(error) for words in _STEP_ENDS) or time.monotonic() >= deadline:
+            if not _step_is_gone(error):
+                raise
+        try:
+            return {job: pids for one in _jobs_with_slurmstepd(proc) for job, pids in _listpids(str(one)).items()}
+        except SlurmError as error:
+            if not _step_is_gone(error) or time.monotonic() >= deadline:
                 raise
         time.sleep(0.5)
+
+
+def _listpids(*job: str) -> dict[int, list[int]]:
+    """Of one job, or of all on this node."""
+    try:
+        return parse_listpids(run(["scontrol", "listpids", *job]))
+    except SlurmError as error:
+        if any(words in str(error) for words in _NO_STEPS):
+            return {}
+        raise
+
+
+def _step_is_gone(error: SlurmError) -> bool:
+    return any(words in str(error) for words in _STEP_IS_GONE)
+
+
+def _jobs_with_slurmstepd(proc: Path) -> list[int]:
+    """By the titles that slurmstepd gives its processes, such as ``slurmstepd: [14.batch]``."""
+    found = set()
+    for place in proc.glob("[0-9]*"):
+        # It may have ended.
+        with contextlib.suppress(OSError):
+            if match := re.match(rb"slurmstepd: \[(\d+)\.", (place / "cmdline").read_bytes()):
+                found.add(int(match[1]))
+    return sorted(found)
 
 
 def parse_listpids(text: str) -> dict[int, list[int]]:

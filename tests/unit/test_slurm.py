@@ -251,22 +251,58 @@ LISTPIDS = (
 REFUSED = "Unable to connect to slurmstepd: Connection refused"
 
 
+def scontrol(commands: Home, script: str) -> None:
+    Home.program(commands.bin / "scontrol", f'#!/bin/sh\ncd "$FAKE_SLURM"\n{script}\n')
+
+
+def titled(commands: Home, *titles: str) -> Path:
+    """A folder as /proc with processes of these titles, and one that ended while it was looked at."""
+    proc = commands.root / "proc"
+    (proc / "299").mkdir(parents=True)
+    for pid, title in enumerate(titles, 300):
+        (proc / str(pid)).mkdir()
+        commands.set(proc / str(pid) / "cmdline", f"{title}\0\0")
+    return proc
+
+
 def test_a_step_that_ends_hides_no_processes_of_others(commands: Home) -> None:
     commands.set(commands.slurm / "ends", REFUSED + "\n")
     commands.set(commands.slurm / "pids", LISTPIDS)
-    Home.program(
-        commands.bin / "scontrol",
-        '#!/bin/sh\ncd "$FAKE_SLURM"\nif [ -e ends ]; then cat ends >&2; rm ends; exit 1; fi\ncat pids\n',
+    # Refused for all and then for the job, and not any more.
+    scontrol(commands, '[ ! -e ends ] || { cat ends >&2; [ -z "$2" ] || rm ends; exit 1; }\ncat pids')
+    assert slurm.job_processes(titled(commands, "slurmstepd: [14.batch]")) == {14: [310, 412]}
+
+
+def test_a_slurmstepd_that_was_killed_hides_no_processes_of_other_jobs(commands: Home) -> None:
+    commands.set(commands.slurm / "refused", REFUSED + "\n")
+    commands.set(commands.slurm / "14", LISTPIDS)
+    commands.set(commands.slurm / "15", LISTPIDS.replace("14", "15").replace("310", "510").replace("412", "512"))
+    commands.set(commands.slurm / "none", "There are no steps for job 16 on node vasp-03.\n")
+    scontrol(commands, 'case $2 in 14 | 15) cat "$2";; 16) cat none >&2; exit 1;; *) cat refused >&2; exit 1;; esac')
+    proc = titled(
+        commands,
+        "slurmstepd: [14.extern]",
+        "slurmstepd: [14.batch]",
+        "slurmstepd: [15.0]",
+        "slurmstepd: [16.extern]",
+        "/usr/sbin/slurmstepd\0infinity",
+        "grep\0slurmstepd: [17.0]",
     )
-    assert slurm.job_processes() == {14: [310, 412]}
+    assert slurm.job_processes(proc) == {14: [310, 412], 15: [510, 512]}
 
 
-def test_a_step_that_cannot_be_asked_is_told_in_the_end(commands: Home) -> None:
+def test_a_job_that_cannot_be_asked_is_told_in_the_end(commands: Home) -> None:
     commands.set(commands.slurm / "scontrol.fails", REFUSED + "\n")
     with pytest.raises(slurm.SlurmError, match=REFUSED):
-        slurm.job_processes(patience_seconds=0.0)
+        slurm.job_processes(titled(commands, "slurmstepd: [14.batch]"), patience_seconds=0.0)
+
+
+def test_a_slurm_that_fails_otherwise_is_told_at_once(commands: Home) -> None:
+    commands.set(commands.slurm / "scontrol.fails", "scontrol: error: could not establish a configuration source\n")
+    with pytest.raises(slurm.SlurmError, match="configuration source"):
+        slurm.job_processes(titled(commands))
 
 
 def test_a_node_without_a_job_has_no_processes(commands: Home) -> None:
     commands.set(commands.slurm / "scontrol.fails", "No job steps exist on this node.\n")
-    assert slurm.job_processes() == {}
+    assert slurm.job_processes(titled(commands)) == {}

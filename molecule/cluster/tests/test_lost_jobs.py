@@ -1,7 +1,8 @@
-"""A job that went with its node's power is not called running for ever."""
+"""A job that went with its node's power is not called running for ever, nor is anything of others lost sight of."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 
 import pytest
@@ -11,6 +12,7 @@ from tests.lab.ansible import succeed
 from tests.lab.cluster import CONTROLLER, Job, run
 
 NODE = "vasp-03"
+ENGINE = "/cluster/shared/ai/llama.cpp"
 BOOKS = "/var/lib/slurm/slurmctld/job_state"
 ONLY = ("playbooks/cluster.yml", "--limit", NODE, "--tags", "slurm_node")
 
@@ -25,7 +27,7 @@ def age(number: int) -> int:
     return 60 * int(minutes) + int(seconds)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def lost() -> Iterator[Job]:
     """A job whose node and whose controller were both without power for a moment."""
     number = cluster.submit(f"-p gpu_vasp --nodelist={NODE} --requeue --wrap='sleep 600'")
@@ -38,12 +40,24 @@ def lost() -> Iterator[Job]:
     run(NODE, f"systemctl stop slurmd && pkill -KILL --full 'slurmstepd: .{number}[.]' && pkill -KILL -u alice")
     run(CONTROLLER, "systemctl kill --signal=KILL slurmctld && systemctl restart slurmctld")
     run(NODE, "systemctl start slurmd")
+    cluster.wait_until("slurmctld answers", lambda: cluster.host(CONTROLLER).run("scontrol ping").rc == 0)
     yield before
     cluster.cancel(number)
 
 
+def test_what_is_left_of_it_hides_no_memory_of_other_jobs(lost: Job) -> None:
+    # For Slurm, the socket of the slurmstepd that was killed is in the way of all others.
+    said = cluster.host(NODE).run("scontrol listpids")
+    assert (said.rc, said.stdout) == (1, ""), said
+    assert "Unable to connect to slurmstepd" in said.stderr
+    told = json.loads(run(NODE, f"gleaner node --engine={ENGINE} --smi="))
+    assert told["problems"] == []
+    (other,) = told["jobs"]
+    assert other["job"] == cluster.running_job(cluster.SPLIT_JOB).id
+    assert other["host_mib"] > 0
+
+
 def test_a_lost_job_is_put_back_into_the_queue(lost: Job) -> None:
-    cluster.wait_until("slurmctld answers", lambda: cluster.host(CONTROLLER).run("scontrol ping").rc == 0)
     cluster.wait_until("it is no young job any more", lambda: age(lost.id) > 31)
     assert job(lost.id) == lost
     dry = succeed(*ONLY, "--check")
