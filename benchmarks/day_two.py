@@ -194,8 +194,9 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--no-report", action="store_true", help="leave docs/operations.md alone")
     arguments = parser.parse_args()
+    about = lab.machine()
     found = figures(arguments.rounds)
-    text = text_of(found, lab.machine())
+    text = text_of(found, about)
     print(text)
     if not arguments.no_report:
         report.write("day-two", text, DOCUMENT)
