@@ -463,11 +463,11 @@ def run(here: lab.Lab, *, quick: bool) -> Result:
     return result
 
 
-def body(result: Result, job: sizing_job.Figures) -> str:
+def body(result: Result, job: sizing_job.Figures, about: Mapping[str, str]) -> str:
     host = [(what, f"{peak:.0f}", f"{wanted:.0f}") for what, peak, wanted in result.host]
     return "\n\n".join(
         [
-            report.facts(lab.machine()),
+            report.facts(about),
             report.table(("what", "compared", "bar, and planned of real", ""), rows(result)),
             "Host memory of each process after a prompt of about the whole context, in MiB:",
             report.table(("model and process", "peak", "planned"), host),
@@ -481,6 +481,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="a short version, which writes nothing")
     arguments = parser.parse_args()
     here = lab.lab_from_environment()
+    about = lab.machine()
     result = run(here, quick=arguments.quick)
     for line in result.differences:
         print(line, file=sys.stderr)
@@ -490,7 +491,7 @@ def main() -> int:
         return int(bool(result.differences))
     job = sizing_job.run(here)
     print(job.text())
-    report.write("sizing", body(result, job), DOCUMENT)
+    report.write("sizing", body(result, job, about), DOCUMENT)
     return int(bool(result.differences) or not job.bar_met)
 
 
