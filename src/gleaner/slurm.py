@@ -422,9 +422,9 @@ def start_soon(job_id: int, seconds: int) -> None:
 def job_processes(proc: Path, patience_seconds: float = STEP_ENDS_SECONDS) -> dict[int, list[int]]:
     """The processes of each job on this node, whose processes are seen in `proc`; SlurmError when Slurm does not say.
 
-    `scontrol listpids` says nothing of all the others (its exit code is looked at before anything is printed) while one
-    step cannot be asked: a moment when it ends, ten minutes when its slurmstepd was killed, since its socket stays for
-    so long. Then each job that has a slurmstepd is asked for, again until `patience_seconds` have passed.
+    `scontrol listpids` fails while one step cannot be asked (24.11 prints nothing of all the others then): a moment
+    when it ends, ten minutes when its slurmstepd was killed, since its socket stays for so long. Then each job that has
+    a slurmstepd is asked for itself, again until `patience_seconds` have passed.
     """
     deadline = time.monotonic() + patience_seconds
     while True:

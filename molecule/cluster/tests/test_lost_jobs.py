@@ -48,7 +48,7 @@ def lost() -> Iterator[Job]:
 def test_what_is_left_of_it_hides_no_memory_of_other_jobs(lost: Job) -> None:
     # For Slurm, the socket of the slurmstepd that was killed is in the way of all others.
     said = cluster.host(NODE).run("scontrol listpids")
-    assert (said.rc, said.stdout) == (1, ""), said
+    assert said.rc == 1, said
     assert "Unable to connect to slurmstepd" in said.stderr
     told = json.loads(run(NODE, f"gleaner node --engine={ENGINE} --smi="))
     assert told["problems"] == []
