@@ -426,13 +426,13 @@ def job_processes(proc: Path, patience_seconds: float = STEP_ENDS_SECONDS) -> di
     when it ends, ten minutes when its slurmstepd was killed, since its socket stays for so long. Then each job that has
     a slurmstepd is asked for itself, again until `patience_seconds` have passed.
     """
+    try:
+        return _listpids()
+    except SlurmError as error:
+        if not _step_is_gone(error):
+            raise
     deadline = time.monotonic() + patience_seconds
     while True:
-        try:
-            return _listpids()
-        except SlurmError as error:
-            if not _step_is_gone(error):
-                raise
         try:
             return {job: pids for one in _jobs_with_slurmstepd(proc) for job, pids in _listpids(str(one)).items()}
         except SlurmError as error:
