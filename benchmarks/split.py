@@ -329,9 +329,6 @@ def main() -> int:
         wish.threads = 2
     site = here.value(GROUP, "site")
     nodes = wish.nodes.split(",")
-    measured = read(run(here, site, wish, nodes))
-    if not whole(measured, wish.rounds):
-        raise RuntimeError(f"{len(measured)} figures; wanted every way in each of {wish.rounds} rounds")
     about = {
         **lab.machine(),
         "engine": f"llama.cpp {site['llama_cpp']['version']}, {site['llama_cpp']['backend']}",
@@ -339,6 +336,9 @@ def main() -> int:
         "nodes": f"{nodes[0]} alone, and as head of {', '.join(nodes[1:])}"
         + (", which are all on this machine" if here.is_lab else f", of {wish.inventory}; the machine is another"),
     }
+    measured = read(run(here, site, wish, nodes))
+    if not whole(measured, wish.rounds):
+        raise RuntimeError(f"{len(measured)} figures; wanted every way in each of {wish.rounds} rounds")
     text = f"{report.facts(about)}\n\n{split_report(measured)}"
     print(text)
     if not wish.no_report:
