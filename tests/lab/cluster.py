@@ -282,6 +282,10 @@ def assert_away(answer: Answer, seconds: float = ANSWER_SECONDS) -> None:
     assert error["code"] == 503, answer
 
 
+def wait_slurm_answers() -> None:
+    wait_until("slurmctld answers", lambda: host(CONTROLLER).run("scontrol ping").rc == 0)
+
+
 def wait_served(seconds: float = BACK_SECONDS, port: int = PORT) -> None:
     """The tier answers, and what it answered before then was fit for clients."""
     watch(lambda answers: answers[-1].status == 200, seconds, port=port)

@@ -34,7 +34,7 @@ def foreign_cluster(edits: str) -> Iterator[None]:
 
 def restart_slurmctld() -> None:
     run(CONTROLLER, "systemctl restart slurmctld")
-    cluster.wait_until("slurmctld answers", lambda: cluster.host(CONTROLLER).run("scontrol ping").rc == 0)
+    cluster.wait_slurm_answers()
 
 
 def policy(variables: str, *options: str) -> Run:

@@ -40,7 +40,7 @@ def lost() -> Iterator[Job]:
     run(NODE, f"systemctl stop slurmd && pkill -KILL --full 'slurmstepd: .{number}[.]' && pkill -KILL -u alice")
     run(CONTROLLER, "systemctl kill --signal=KILL slurmctld && systemctl restart slurmctld")
     run(NODE, "systemctl start slurmd")
-    cluster.wait_until("slurmctld answers", lambda: cluster.host(CONTROLLER).run("scontrol ping").rc == 0)
+    cluster.wait_slurm_answers()
     yield before
     cluster.cancel(number)
 
@@ -75,7 +75,7 @@ def test_a_lost_job_is_put_back_into_the_queue(lost: Job) -> None:
 def test_accounting_is_there_before_slurmctld_starts() -> None:
     run(CONTROLLER, "systemctl stop slurmctld slurmdbd")
     run(CONTROLLER, "systemctl start --no-block slurmctld; sleep 2; systemctl start slurmdbd")
-    cluster.wait_until("slurmctld answers", lambda: cluster.host(CONTROLLER).run("scontrol ping").rc == 0)
+    cluster.wait_slurm_answers()
     said = run(CONTROLLER, "journalctl --unit=slurmctld --output=cat --lines=40 --no-pager")
     assert "Association database appears down" not in said.rpartition("slurmctld version")[2]
     cluster.wait_served()

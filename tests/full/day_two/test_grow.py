@@ -107,7 +107,7 @@ def test_a_slurm_that_does_not_answer_is_no_answer() -> None:
     assert f"{CONTROLLER}: scontrol show node: " in refused.text
     assert f"cure: ansible-playbook site.yml --limit {CONTROLLER},{TIER_NODE}" in refused.text
     assert refused.changed == {TIER_NODE: 0}
-    cluster.wait_until("Slurm answers", lambda: cluster.host(CONTROLLER).run("scontrol ping").rc == 0)
+    cluster.wait_slurm_answers()
     cluster.wait_served()
     split.wait_served()
 

@@ -180,7 +180,7 @@ def _edit_everywhere(command: str) -> None:
     for name in HOSTS:
         run(name, command)
     run(CONTROLLER, "systemctl restart slurmctld")
-    cluster.wait_until("slurmctld answers", lambda: cluster.host(CONTROLLER).run("scontrol ping").rc == 0)
+    cluster.wait_slurm_answers()
     for name in NODES:
         run(name, "systemctl restart slurmd")
 
@@ -300,7 +300,7 @@ def slurmctld_that_dies_of_the_signal() -> Iterator[None]:
     try:
         run(CONTROLLER, "sed -i /send_user_signal/d /etc/slurm/slurm.conf && systemctl restart slurmctld")
         run(CONTROLLER, f"mkdir -p {unit.rpartition('/')[0]} && printf '{check}' >{unit} && systemctl daemon-reload")
-        cluster.wait_until("slurmctld answers", lambda: cluster.host(CONTROLLER).run("scontrol ping").rc == 0)
+        cluster.wait_slurm_answers()
         yield
     finally:
         run(CONTROLLER, f"rm -f {unit} && systemctl daemon-reload")
